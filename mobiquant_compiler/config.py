@@ -1,0 +1,209 @@
+"""What users may set: `SliceConfig` for weights, `CompileConfig` for the backend. The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobiquant_compiler.errors import BadOption, UnknownOption
+from mobiquant_compiler.spec import GROUPS, Layout, SliceSpec, choose_group
+
+SCOPES = ("input", "linear")
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ENV_PREFIX = "MOBIQUANT_"
+
+
+@dataclass(frozen=True, slots=True)
+class SliceConfig:
+    """How the linear layers of a model become slices.
+
+    Attributes:
+        widths: Bits of each slice, the base first.
+        group: 32, 64, 128, or "auto": per layer the largest that divides K, else the one that pads least.
+        layout: "slice_major" (fast) or "bit_major" (the paper's).
+        scope: "input" (linears with the same input share a router) or "linear".
+        scale_dtype: Storage of scale and zero point: "float16", "bfloat16" or "float32".
+        include: Name patterns (`fnmatch`) of linears to quantize.
+        exclude: Name patterns left alone; the output head is, by default.
+        floor: Least slice count of linears by name pattern, whatever the budget.
+        ceiling: Greatest slice count, likewise.
+    """
+
+    widths: tuple[int, ...] = (2, 2, 2, 2)
+    group: int | str = "auto"
+    layout: str = Layout.SLICE_MAJOR.value
+    scope: str = "input"
+    scale_dtype: str = "float16"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("lm_head", "*.lm_head")
+    floor: Mapping[str, int] = field(default_factory=dict)
+    ceiling: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.group != "auto" and self.group not in GROUPS:
+            raise BadOption(where="SliceConfig", name="group", got=self.group, wanted=f"'auto' or one of {GROUPS}")
+        if self.scope not in SCOPES:
+            raise BadOption(where="SliceConfig", name="scope", got=self.scope, wanted=f"one of {SCOPES}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise BadOption(
+                where="SliceConfig", name="scale_dtype", got=self.scale_dtype, wanted=f"one of {tuple(SCALE_DTYPES)}"
+            )
+        self.spec_for(GROUPS[0])  # widths and layout
+        for name in ("floor", "ceiling"):
+            for pattern, count in getattr(self, name).items():
+                if not 1 <= count <= len(self.widths):
+                    wanted = f"slice counts from 1 to {len(self.widths)}"
+                    raise BadOption(where="SliceConfig", name=f"{name}[{pattern!r}]", got=count, wanted=wanted)
+
+    def spec_for(self, k: int) -> SliceSpec:
+        """Return the slice spec of a linear with `k` input columns."""
+        group = choose_group(k) if self.group == "auto" else int(self.group)
+        return SliceSpec(self.widths, group, Layout(self.layout))
+
+    def selects(self, name: str) -> bool:
+        """Say whether the linear `name` is included and not excluded."""
+        return matches(name, self.include) and not matches(name, self.exclude)
+
+    def limits(self, name: str) -> tuple[int, int]:
+        """Return the floor and ceiling of slice counts for the linear `name`."""
+        floors = [count for pattern, count in self.floor.items() if fnmatchcase(name, pattern)]
+        ceilings = [count for pattern, count in self.ceiling.items() if fnmatchcase(name, pattern)]
+        low, high = max(floors, default=1), min(ceilings, default=len(self.widths))
+        if low > high:
+            raise BadOption(
+                where=f"SliceConfig for {name}", name="floor/ceiling", got=(low, high), wanted="floor <= ceiling"
+            )
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON data."""
+        plain = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "SliceConfig") -> SliceConfig:
+        """Build from plain data.
+
+        Raises:
+            UnknownOption: a key that is not a field.
+        """
+        check_keys(values, cls, where)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """Options of the backend, ``torch.compile(model, backend="mobiquant", options={...})``.
+
+    Attributes:
+        budget: Average weight bits to start with; None leaves the model's own.
+        checkpoint: Directory whose slices are used for a plain model's weights.
+        strict: Make a linear that is not rewritten an error.
+        passes: Names of the passes to run, in order; None is the default pipeline.
+        dump: Directory for graphs before and after each pass, kernels and report.json.
+        slices: How weights of a plain model become slices.
+        inductor: Options handed to Inductor.
+    """
+
+    budget: float | None = None
+    checkpoint: str | None = None
+    strict: bool = False
+    passes: tuple[str, ...] | None = None
+    dump: str | None = None
+    slices: SliceConfig = field(default_factory=SliceConfig)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = "backend 'mobiquant'"
+        if self.budget is not None and not (isinstance(self.budget, int | float) and self.budget > 0):
+            raise BadOption(where=where, name="budget", got=self.budget, wanted="a number of bits above 0")
+        if not isinstance(self.strict, bool):
+            raise BadOption(where=where, name="strict", got=self.strict, wanted="True or False")
+        for name in ("checkpoint", "dump"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise BadOption(where=where, name=name, got=value, wanted="a directory")
+        if self.checkpoint is not None and not Path(self.checkpoint).is_dir():
+            raise BadOption(where=where, name="checkpoint", got=str(self.checkpoint), wanted="an existing directory")
+        if isinstance(self.slices, Mapping):
+            object.__setattr__(self, "slices", SliceConfig.from_dict(self.slices, where="options['slices']"))
+        if not isinstance(self.slices, SliceConfig):
+            raise BadOption(where=where, name="slices", got=self.slices, wanted="a SliceConfig or its fields")
+        if isinstance(self.passes, str):
+            object.__setattr__(self, "passes", tuple(p.strip() for p in self.passes.split(",") if p.strip()))
+        elif self.passes is not None:
+            object.__setattr__(self, "passes", tuple(self.passes))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> CompileConfig:
+        """Build from torch.compile's `options`, over what the environment says.
+
+        Raises:
+            UnknownOption: a key that is no field, by name.
+            BadOption: a value of the wrong kind.
+        """
+        options = dict(options or {})
+        check_keys(options, cls, "backend 'mobiquant'")
+        return replace(cls.from_env(), **options)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> CompileConfig:
+        """Read MOBIQUANT_DUMP (a directory), MOBIQUANT_PASSES (names, comma-separated) and MOBIQUANT_STRICT (0/1)."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        if dump := environ.get(ENV_PREFIX + "DUMP"):
+            values["dump"] = dump
+        if passes := environ.get(ENV_PREFIX + "PASSES"):
+            values["passes"] = passes
+        if strict := environ.get(ENV_PREFIX + "STRICT"):
+            if strict not in ("0", "1"):
+                raise BadOption(where="environment", name=ENV_PREFIX + "STRICT", got=strict, wanted="0 or 1")
+            values["strict"] = strict == "1"
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """Settings of the process, read once from the environment.
+
+    Attributes:
+        cache_dir: Where emitted kernels are kept (MOBIQUANT_CACHE).
+        log: Level of the package's logger (MOBIQUANT_LOG), None to leave logging alone.
+    """
+
+    cache_dir: Path
+    log: str | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> RuntimeConfig:
+        """Read MOBIQUANT_CACHE and MOBIQUANT_LOG."""
+        environ = os.environ if environ is None else environ
+        base = environ.get(ENV_PREFIX + "CACHE")
+        default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobiquant"
+        return cls(Path(base) if base else default, environ.get(ENV_PREFIX + "LOG"))
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Say whether `name` matches any of the `fnmatch` patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_keys(values: Mapping[str, Any], cls: type, where: str) -> None:
+    """Refuse keys that are not fields of the dataclass `cls`.
+
+    Raises:
+        UnknownOption: names the first unknown key and the known ones.
+    """
+    known = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in known:
+            raise UnknownOption(where=where, name=name, known=", ".join(known))

@@ -1,0 +1,251 @@
+"""Every error a user can meet, one class per mistake.
+
+A message says what happened, where, what was got, what was wanted and what to do. The template sits on
+the class and the fields come as keyword arguments, so that tests can match classes and messages cannot drift.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class MobiQuantError(Exception):
+    """Base of all errors of this package; fields fill the class's ``message`` template."""
+
+    message: ClassVar[str] = "{detail}"
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by fields: compile workers raise across processes."""
+        return _rebuild, (type(self), self.fields, getattr(self, "__notes__", []))
+
+
+def _rebuild(cls: type[MobiQuantError], fields: dict[str, Any], notes: list[str]) -> MobiQuantError:
+    error = cls(**fields)
+    for note in notes:
+        error.add_note(note)
+    return error
+
+
+# --- configuration -----------------------------------------------------------------------------------
+
+
+class ConfigError(MobiQuantError):
+    """A wrong option, by the user's hand."""
+
+
+class UnknownOption(ConfigError):
+    message = "{where}: unknown option {name!r}; known options are {known}. Remove or rename it."
+
+
+class BadOption(ConfigError):
+    message = "{where}: option {name!r} got {got!r}; wanted {wanted}."
+
+
+class UnknownPass(ConfigError):
+    message = "passes: no pass is named {name!r}; known passes are {known}. `mobiquant passes` lists them."
+
+
+class DuplicatePass(ConfigError):
+    message = (
+        "passes: {name!r} is registered twice, by {first} and by {second}; rename one, names are the "
+        "only key."
+    )
+
+
+class BadSliceSpec(ConfigError):
+    message = "slice spec: {name} got {got!r}; wanted {wanted}."
+
+
+# --- weights -----------------------------------------------------------------------------------------
+
+
+class WeightError(MobiQuantError):
+    """A weight that cannot become slices."""
+
+
+class NonFiniteWeight(WeightError):
+    message = (
+        "{where}: weight has {count} non-finite values (first at row {row}, column {column}); slices need "
+        "finite weights. Repair the checkpoint or exclude this layer."
+    )
+
+
+class UnsupportedDtype(WeightError):
+    message = "{where}: dtype {got} cannot become slices; wanted one of {wanted}. Cast the layer first."
+
+
+class BadWeightShape(WeightError):
+    message = "{where}: weight has shape {got}; wanted {wanted}."
+
+
+class GroupTooLarge(WeightError):
+    message = (
+        "{where}: K={k} is smaller than the group {group}; padding would cost more than it saves. Use "
+        "group='auto' or a group of at most {k}, or exclude this layer."
+    )
+
+
+class NothingToQuantize(WeightError):
+    message = (
+        "quantize_: {model} has no linear layer to quantize ({skipped}). Check `include`/`exclude`, or "
+        "pass a model with nn.Linear or Conv1D layers."
+    )
+
+
+# --- budget ------------------------------------------------------------------------------------------
+
+
+class BudgetError(MobiQuantError):
+    """A budget that cannot be had."""
+
+
+class BudgetOutOfRange(BudgetError):
+    message = (
+        "{where}: budget {got} bits is out of range; this model can give {low:g} to {high:g} bits per "
+        "weight. Ask for a budget in that range{hint}."
+    )
+
+
+class NotElastic(BudgetError):
+    message = (
+        "{where}: {model} has no elastic linear; call mobiquant_compiler.quantize_(model) or run the "
+        "model compiled with backend='mobiquant' once, then set a budget."
+    )
+
+
+class MaskTooLong(BudgetError):
+    message = (
+        "padding_mask: the mask has {got} tokens; at most {wanted} can be told apart. Measure with smaller batches."
+    )
+
+
+# --- graph -------------------------------------------------------------------------------------------
+
+
+class GraphError(MobiQuantError):
+    """The compiler met a graph it will not rewrite."""
+
+
+class PassFailed(GraphError):
+    message = "{name}: failed on graph {graph} at {where}: {reason}.{dump}"
+
+
+class VerifyError(GraphError):
+    message = "verify after {name}: {what} (node {node}); got {got}, wanted {wanted}."
+
+
+class PassOrder(GraphError):
+    message = (
+        "pipeline: {name} must run after {after}, which is not before it; the order given is {order}. Reorder `passes`."
+    )
+
+
+class StrictSkip(GraphError):
+    message = (
+        "strict: {count} linears of graph {graph} were not rewritten: {skips}. Drop strict=True, or exclude or "
+        "reshape these layers."
+    )
+
+
+class TrainingGraph(GraphError):
+    message = (
+        "backend 'mobiquant': this graph needs gradients of {what}; slices cannot be trained. Call model.eval() and "
+        "run under torch.no_grad(), or freeze the parameters."
+    )
+
+
+class WeightNotInCheckpoint(GraphError):
+    message = (
+        "checkpoint {path}: weight {where} ({shape}) matches no linear in it; its contents were quantized from "
+        "another model or other weights. Give the checkpoint made from this model, or drop the option."
+    )
+
+
+# --- code generation -----------------------------------------------------------------------------------
+
+
+class CodegenError(MobiQuantError):
+    """A kernel that cannot be emitted."""
+
+
+class BadKernelSpec(CodegenError):
+    message = "kernel {family}: {name} got {got!r}; wanted {wanted}."
+
+
+class KernelDoesNotFit(CodegenError):
+    message = (
+        "kernel {family}: no configuration fits {target} for {spec} (least shared memory {got} bytes, limit {wanted}). "
+        "Use a smaller group, or report this target."
+    )
+
+
+class TritonMissing(CodegenError):
+    message = "CUDA kernels need triton ({reason}); install `triton>=3.6`, or move the model to the CPU."
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------
+
+
+class CheckpointError(MobiQuantError):
+    """A checkpoint that cannot be read or written."""
+
+
+class CheckpointMissing(CheckpointError):
+    message = "checkpoint {path}: {what} is missing; wanted a directory written by `mobiquant quantize` or save()."
+
+
+class CheckpointCorrupt(CheckpointError):
+    message = "checkpoint {path}: {what} cannot be read ({reason}); copy the file again or quantize anew."
+
+
+class CheckpointTensor(CheckpointError):
+    message = "checkpoint {path}: tensor {tensor} has {name} {got}; wanted {wanted}. The file is of another model or damaged."
+
+
+class CheckpointMismatch(CheckpointError):
+    message = "checkpoint {path}: {what}; got {got}, wanted {wanted}. Load it into the model it was made from."
+
+
+class CheckpointTooNew(CheckpointError):
+    message = (
+        "checkpoint {path}: format version {got} is newer than this package reads ({wanted}); upgrade mobiquant-compiler."
+    )
+
+
+class CheckpointForeign(CheckpointError):
+    message = "checkpoint {path}: quant_method is {got!r}; wanted 'mobiquant'. This is not a checkpoint of ours."
+
+
+# --- models and tools ------------------------------------------------------------------------------------
+
+
+class ModelError(MobiQuantError):
+    """A model or text that cannot be used."""
+
+
+class ModelMissing(ModelError):
+    message = "model {path}: {what}; wanted a Hugging Face directory, a mobiquant checkpoint, or 'smollm2'."
+
+
+class PackageMissing(ModelError):
+    message = "{what} needs the package {package}; install it with `{command}`."
+
+
+class TextTooShort(ModelError):
+    message = "{where}: the text gives {got} tokens; wanted at least {wanted}. Use a longer text or shorter windows."
+
+
+class EmptyBatch(ModelError):
+    message = "{where}: the batch is empty (shape {got}); wanted at least one token."
+
+
+class BadTokens(ModelError):
+    message = "{where}: tokens have {name} {got}; wanted {wanted}."
+
+
+class BadSchedule(ModelError):
+    message = "--schedule {got!r}: {reason}; wanted 'STEP:BITS,STEP:BITS', as in '0:8,64:3'."

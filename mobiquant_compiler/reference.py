@@ -1,0 +1,132 @@
+"""The meaning of every op, in plain torch on any device: slow, short, and what each kernel is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mobiquant_compiler.packing import unpack
+from mobiquant_compiler.slices import reconstruct
+from mobiquant_compiler.spec import SliceSpec
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that dot products of `x` are summed in: float32, or float64 for float64 input."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def energy_scores(x: Tensor, router: Sequence[Tensor]) -> Tensor:
+    """Score tokens by the output error that each further slice is predicted to remove, per bit and parameter.
+
+    Args:
+        x: [T, K].
+        router: ``energy`` float32 [K], the expected growth of the loss per squared activation of a column when
+            only the base slice is used, and ``gain`` float32 [E - 1], the share of it that slice e removes per bit.
+
+    Returns:
+        Scores [T, E - 1] float32, falling in e.
+
+    Source: design section 5, ``N sum_g s_g^2 ||x_g||^2 / 12`` times the linear's sensitivity over its parameters.
+    """
+    energy, gain = router
+    return (x.float().square() @ energy).unsqueeze(-1) * gain
+
+
+SCORES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {"energy": energy_scores}
+
+
+def record(counts: Tensor, hist: Tensor, mask: Tensor) -> None:
+    """Add the slice counts [T] to ``hist`` int64 [E], leaving out padding tokens.
+
+    ``mask`` int32 [1 + capacity]: its first entry is the number of tokens that the rest describes (1 = counted,
+    0 = padding). A call with another number of tokens is counted whole.
+    """
+    tokens = counts.numel()
+    real = torch.ones(tokens, dtype=torch.int64, device=counts.device)
+    if tokens < mask.numel():
+        real = torch.where(mask[0] == tokens, mask[1 : tokens + 1].long(), real)
+    hist.scatter_add_(0, counts.reshape(-1).long() - 1, real)
+
+
+def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Choose a slice count per token: slice e is used iff slice e - 1 is and ``score_e >= threshold_e``.
+
+    Shapes: x [..., K]; thresholds float32 [E - 1]; returns int32 [...] in 1..E. `hist` is updated (`record`).
+    """
+    scores = SCORES[kind](x.reshape(-1, x.shape[-1]), router)
+    used = (scores >= thresholds).to(torch.int32)
+    counts = 1 + used.cumprod(-1).sum(-1, dtype=torch.int32)
+    record(counts, hist, mask)
+    return counts.to(torch.int32).view(x.shape[:-1])
+
+
+def gather(x: Tensor, counts: Tensor, num_slices: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring tokens of equal slice count together.
+
+    Shapes: x [..., K]; counts int32 [...]. Returns rows int32 [T], the stable permutation; offsets int32 [E + 1],
+    where tokens of count k are ``offsets[k - 1] : offsets[k]``; and x in that order, [T, K].
+    """
+    flat = counts.reshape(-1)
+    rows = torch.sort(flat, stable=True).indices
+    limits = torch.arange(num_slices + 1, dtype=flat.dtype, device=flat.device)
+    offsets = (flat.unsqueeze(0) <= limits.unsqueeze(1)).sum(1, dtype=torch.int32)
+    return rows.to(torch.int32), offsets, x.reshape(-1, x.shape[-1])[rows]
+
+
+def slice_gemm(
+    x: Tensor,
+    offsets: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+) -> Tensor:
+    """Multiply grouped tokens by the weight of their slice count.
+
+    Shapes: x [T, K] in the order of `gather`; offsets int32 [E + 1]; slices int32 [total_bits, N, K_padded / 32];
+    scale, zero [N, K_padded / group]; bias [N]; returns [T, N] in the dtype of x.
+    Numerics: products and sums in float32 (float64 for float64 input), one rounding at the end.
+    """
+    dtype = accumulate_dtype(x)
+    y = torch.zeros(x.shape[0], scale.shape[0], dtype=dtype, device=x.device)
+    limits = offsets.tolist()
+    for count in range(1, spec.num_slices + 1):
+        start, stop = limits[count - 1], limits[count]
+        if start == stop:
+            continue
+        codes = unpack(slices, spec, count)
+        weight = reconstruct(codes, scale, zero, spec, count, dtype)[:, : x.shape[1]]
+        y[start:stop] = x[start:stop].to(dtype) @ weight.t()
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y.to(x.dtype)
+
+
+def scatter(y: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Undo `gather`: row i of y goes to token ``rows[i]``.
+
+    Shapes: y [T, N]; rows int32 [T]; counts [...] gives the leading shape; returns [..., N].
+    """
+    out = torch.empty_like(y)
+    out[rows.long()] = y
+    return out.view(*counts.shape, y.shape[-1])
+
+
+def routed_linear(
+    x: Tensor,
+    counts: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+) -> Tensor:
+    """Gather, multiply and scatter in one: `slice_gemm` for tokens in their own order.
+
+    Shapes: x [..., K]; counts int32 [...]; returns [..., N] in the dtype of x.
+    """
+    rows, offsets, grouped = gather(x, counts, spec.num_slices)
+    return scatter(slice_gemm(grouped, offsets, slices, scale, zero, bias, spec), rows, counts)

@@ -1,0 +1,168 @@
+"""Plain frozen data that every part agrees on: slice widths, groups, layouts, kernels.
+
+No torch.fx, no triton, no tensors: what is here can be hashed, printed and compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+from mobiquant_compiler.errors import BadKernelSpec, BadSliceSpec
+
+GROUPS = (128, 64, 32)
+WORD_CODES = 32  # one plane word holds one bit of 32 consecutive columns
+
+
+class Layout(StrEnum):
+    """How the codes of a slice lie in memory (design section 4)."""
+
+    SLICE_MAJOR = "slice_major"
+    BIT_MAJOR = "bit_major"
+
+
+class Activation(StrEnum):
+    """Fixed-point width of activations in the integer kernels."""
+
+    A16 = "a16"
+    A8 = "a8"
+
+
+SLICE_WIDTHS = {Layout.SLICE_MAJOR: (1, 2, 4), Layout.BIT_MAJOR: (1, 2, 3, 4)}
+MAX_BITS = 8  # a combined code of all slices is one unsigned byte
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpec:
+    """Widths, group and layout of one sliced weight.
+
+    Attributes:
+        widths: Bits of each slice, the base first; at most 8 in all.
+        group: Consecutive input columns that share one scale and zero point.
+        layout: Where the codes lie.
+    """
+
+    widths: tuple[int, ...] = (2, 2, 2, 2)
+    group: int = 128
+    layout: Layout = Layout.SLICE_MAJOR
+
+    def __post_init__(self) -> None:
+        if self.layout not in tuple(Layout):
+            raise BadSliceSpec(name="layout", got=self.layout, wanted=f"one of {[str(v) for v in Layout]}")
+        object.__setattr__(self, "layout", Layout(self.layout))
+        object.__setattr__(self, "widths", tuple(self.widths))
+        legal = SLICE_WIDTHS[self.layout]
+        if not self.widths or any(b not in legal for b in self.widths):
+            raise BadSliceSpec(name=f"widths ({self.layout})", got=self.widths, wanted=f"one or more of {legal}")
+        if sum(self.widths) > MAX_BITS:
+            raise BadSliceSpec(name="widths", got=self.widths, wanted=f"at most {MAX_BITS} bits in all")
+        if self.group not in GROUPS:
+            raise BadSliceSpec(name="group", got=self.group, wanted=f"one of {GROUPS}")
+
+    @property
+    def num_slices(self) -> int:
+        """E, the number of slices."""
+        return len(self.widths)
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of a weight with every slice."""
+        return sum(self.widths)
+
+    @property
+    def unit(self) -> int:
+        """Bits that one packed unit of the layout holds, 0 where slices differ in width.
+
+        Units of one width share their code positions, so that codes of several slices can be combined
+        four at a time inside a word.
+        """
+        if self.layout is Layout.BIT_MAJOR:
+            return 1
+        return self.widths[0] if len(set(self.widths)) == 1 else 0
+
+    def bits(self, count: int) -> int:
+        """Weight bits of a token that uses ``count`` slices."""
+        return sum(self.widths[:count])
+
+    def padded(self, k: int) -> int:
+        """K rounded up to a multiple of the group."""
+        return -(-k // self.group) * self.group
+
+    def packed_shape(self, n: int, k: int) -> tuple[int, int, int]:
+        """Shape of the packed ``slices`` tensor, int32 ``[total_bits, N, K_padded / 32]``."""
+        return (self.total_bits, n, self.padded(k) // WORD_CODES)
+
+    def scale_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of ``scale`` and ``zero``, ``[N, K_padded / group]``."""
+        return (n, self.padded(k) // self.group)
+
+
+def choose_group(k: int) -> int:
+    """Return the group for ``k`` input columns: the largest that divides it, else the one that pads least.
+
+    Example:
+        >>> choose_group(1536), choose_group(576), choose_group(100)
+        (128, 64, 128)
+    """
+    return min(GROUPS, key=lambda group: (-k % group, -group))
+
+
+class Family(StrEnum):
+    """Kernel families, one template file each."""
+
+    ROUTE = "route"
+    QUANTIZE = "quantize_activation"
+    DECODE = "decode_gemv"
+    GROUPED = "grouped_gemm"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """All that the text of one emitted kernel depends on; every field binds a constexpr of that name.
+
+    Attributes:
+        family: Template the kernel is made from.
+        widths: Slice widths, base first (NUM_SLICES and the shifts follow from them).
+        group: GROUP, columns per scale.
+        layout: LAYOUT of the packed codes.
+        k: K_PADDED, padded input columns (a compile-time loop bound).
+        activation: ACTIVATION fixed-point width.
+        has_bias: HAS_BIAS.
+        block_m: BLOCK_M, tokens per tile (1 for decode).
+        block_n: BLOCK_N, output rows per tile.
+        block_w: BLOCK_W, words or columns per step, whatever the family counts in.
+        num_warps: Warps per program.
+    """
+
+    family: Family
+    widths: tuple[int, ...]
+    group: int
+    layout: Layout
+    k: int
+    activation: Activation = Activation.A16
+    has_bias: bool = False
+    block_m: int = 1
+    block_n: int = 1
+    block_w: int = 32
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        SliceSpec(self.widths, self.group, self.layout)
+        if self.k % self.group:
+            raise BadKernelSpec(family=self.family, name="k", got=self.k, wanted=f"a multiple of group {self.group}")
+        for name in ("block_m", "block_n", "block_w", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
+
+    @property
+    def name(self) -> str:
+        """Stable file and symbol name of the kernel."""
+        widths = "".join(str(b) for b in self.widths)
+        bias = "_bias" if self.has_bias else ""
+        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}"
+        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{bias}_{tile}"
+
+    def describe(self) -> dict[str, str]:
+        """Return the fields as text, for headers and reports."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self)}
