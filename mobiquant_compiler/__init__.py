@@ -1,0 +1,48 @@
+"""Elastic linear layers for PyTorch models: residual bit slices, per-token routing, a budget that moves at run time.
+
+    import mobiquant_compiler as mq
+
+    mq.quantize_(model, calibration=tokens)
+    model = torch.compile(model, backend="mobiquant")
+    mq.set_budget(model, 3.0)
+"""
+
+from mobiquant_compiler.budgets import (
+    achieved_bits,
+    budget,
+    get_budget,
+    padding_mask,
+    reset_telemetry,
+    set_budget,
+)
+from mobiquant_compiler.config import CompileConfig, SliceConfig
+from mobiquant_compiler.errors import MobiQuantError
+from mobiquant_compiler.linear import MobiLinear
+from mobiquant_compiler.quantize import quantize_
+from mobiquant_compiler.report import Coverage, Skip, SkipReason
+from mobiquant_compiler.runtime.telemetry import AchievedBits
+from mobiquant_compiler.slices import output_bound, slice_bound
+from mobiquant_compiler.spec import Layout, SliceSpec
+
+__version__ = "0.1.0"
+__all__ = [
+    "AchievedBits",
+    "CompileConfig",
+    "Coverage",
+    "Layout",
+    "MobiLinear",
+    "MobiQuantError",
+    "Skip",
+    "SkipReason",
+    "SliceConfig",
+    "SliceSpec",
+    "achieved_bits",
+    "budget",
+    "get_budget",
+    "output_bound",
+    "padding_mask",
+    "quantize_",
+    "reset_telemetry",
+    "set_budget",
+    "slice_bound",
+]

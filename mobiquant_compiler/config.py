@@ -139,7 +139,7 @@ class CompileConfig:
         if not isinstance(self.slices, SliceConfig):
             raise BadOption(where=where, name="slices", got=self.slices, wanted="a SliceConfig or its fields")
         if isinstance(self.passes, str):
-            object.__setattr__(self, "passes", tuple(p.strip() for p in self.passes.split(",") if p.strip()))
+            object.__setattr__(self, "passes", (self.passes,))
         elif self.passes is not None:
             object.__setattr__(self, "passes", tuple(self.passes))
 

@@ -220,6 +220,13 @@ class CheckpointForeign(CheckpointError):
     message = "checkpoint {path}: quant_method is {got!r}; wanted 'mobiquant'. This is not a checkpoint of ours."
 
 
+class CheckpointInTheWay(CheckpointError):
+    message = (
+        "checkpoint {path}: not written, the directory holds other files ({got}); wanted a new or empty directory, or "
+        "a mobiquant checkpoint to replace. Choose another directory."
+    )
+
+
 # --- models and tools ------------------------------------------------------------------------------------
 
 

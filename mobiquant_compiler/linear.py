@@ -1,0 +1,225 @@
+"""The modules of an elastic model: `MobiLinear`, the `Router` it asks, and the token mask all routers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobiquant_compiler.errors import BadWeightShape
+from mobiquant_compiler.ops import OPS
+from mobiquant_compiler.packing import pack
+from mobiquant_compiler.slices import slice_weight
+from mobiquant_compiler.spec import SliceSpec
+
+MASK_CAPACITY = 65536  # tokens of one call that padding can be told apart in
+
+
+class _KeepsDtype(nn.Module):
+    """A module whose buffers follow device moves but not dtype casts: packed data has the dtypes it was made with."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+class TokenMask(_KeepsDtype):
+    """Which tokens of a call are padding: int32 ``[1 + capacity]``, see `reference.record`."""
+
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(1 + MASK_CAPACITY, dtype=torch.int32), persistent=False)
+
+
+def score_gain(widths: tuple[int, ...]) -> Tensor:
+    """Return the share of the base slice's error energy that each further slice removes per bit, float32 [E - 1].
+
+    Each bit of a residual slice halves the step, so slice e leaves ``4**-(b_2 + ... + b_e)`` of the energy.
+    """
+    gains, left = [], 1.0
+    for width in widths[1:]:
+        gains.append(left * (1 - 4.0**-width) / width)
+        left *= 4.0**-width
+    return torch.tensor(gains, dtype=torch.float32)
+
+
+class Router(_KeepsDtype):
+    """Chooses slice counts for the tokens of one input; linears that read the same input share one.
+
+    Attributes:
+        energy: float32 [K], predicted growth of the loss per squared activation at the base slice, over parameters.
+        gain: float32 [E - 1], see `score_gain`.
+        thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it. Written by `set_budget` only.
+        hist: int64 [E], tokens seen by slice count (telemetry).
+        kind: Which score function (`reference.SCORES`).
+        widths: Slice widths.
+        floor: Least slice count.
+        ceiling: Greatest slice count.
+        params: Weights that its linears hold in all, the weight of its bits in averages.
+        state: Budget state shared by all routers of a model (`runtime.budget.BudgetState`).
+    """
+
+    energy: Tensor
+    gain: Tensor
+    thresholds: Tensor
+    hist: Tensor
+
+    def __init__(self, energy: Tensor, widths: tuple[int, ...], token_mask: TokenMask | None = None) -> None:
+        super().__init__()
+        self.kind = "energy"
+        self.widths = tuple(widths)
+        self.floor, self.ceiling = 1, len(widths)
+        self.params = 0
+        self.state: Any = None
+        self.token_mask = token_mask or TokenMask().to(energy.device)
+        device = energy.device
+        self.register_buffer("energy", energy.to(torch.float32))
+        self.register_buffer("gain", score_gain(self.widths).to(device))
+        self.register_buffer("thresholds", torch.full((len(widths) - 1,), -torch.inf, device=device))
+        self.register_buffer("hist", torch.zeros(len(widths), dtype=torch.int64, device=device), persistent=False)
+
+    def bits_by_count(self) -> Tensor:
+        """Return the weight bits of each slice count, float64 [E]."""
+        return torch.tensor(self.widths, dtype=torch.float64).cumsum(0)
+
+    def extra_repr(self) -> str:
+        """Describe the router in one line."""
+        return f"kind={self.kind}, widths={self.widths}, floor={self.floor}, ceiling={self.ceiling}"
+
+
+class MobiLinear(_KeepsDtype):
+    """A linear layer held as residual bit slices; its forward is one op.
+
+    Attributes:
+        slices: Packed codes int32 [total_bits, N, K_padded / 32].
+        scale: Base step [N, K_padded / group].
+        zero: Base zero point, same shape.
+        bias: [N] or None.
+        router: Shared with the linears that read the same input.
+    """
+
+    slices: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: nn.Parameter | None
+    weight_like: Tensor
+
+    def __init__(
+        self,
+        slices: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        spec: SliceSpec,
+        in_features: int,
+        router: Router,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.fingerprint: str | None = None  # of the original weight, to find its slices again
+        self.spec = spec
+        self.widths, self.group, self.layout = list(spec.widths), spec.group, str(spec.layout)
+        self.in_features, self.out_features = in_features, slices.shape[1]
+        self.register_buffer("slices", slices)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer(
+            "weight_like", torch.full((), torch.nan, dtype=dtype, device=slices.device), persistent=False
+        )
+        self.router = router
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: SliceSpec,
+        *,
+        router: Router | None = None,
+        token_mask: TokenMask | None = None,
+        scale_dtype: torch.dtype = torch.float16,
+        where: str = "weight",
+    ) -> MobiLinear:
+        """Slice and pack a weight [N, K]; without a router it gets one that predicts plain output error.
+
+        Raises:
+            WeightError: the weight cannot become slices.
+        """
+        sliced = slice_weight(weight.detach(), spec, scale_dtype=scale_dtype, where=where)
+        packed = pack(sliced.codes, spec)
+        n, k = weight.shape
+        if router is None:
+            router = Router(column_energy(sliced.scale, spec, k) / (n * k), spec.widths, token_mask)
+            router.params = n * k
+        return cls(packed, sliced.scale, sliced.zero, bias, spec, k, router, weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply tokens [..., K] by the weight of each token's slice count; returns [..., N] in the dtype of x."""
+        if x.shape[-1] != self.in_features:
+            raise BadWeightShape(where="MobiLinear input", got=tuple(x.shape), wanted=f"[..., {self.in_features}]")
+        router = self.router
+        return OPS.elastic_linear.default(
+            x,
+            [router.energy, router.gain],
+            router.thresholds,
+            router.hist,
+            router.token_mask.tokens,
+            router.kind,
+            self.slices,
+            self.scale,
+            self.zero,
+            self.bias,
+            self.widths,
+            self.group,
+            self.layout,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """Stand-in for code that reads ``weight.dtype``, ``.device`` or ``.shape``; its values are NaN, on purpose."""
+        return self.weight_like.expand(self.out_features, self.in_features)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of slices, scales and zero points."""
+        return sum(t.numel() * t.element_size() for t in (self.slices, self.scale, self.zero))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        like = self.weight_like
+        super()._apply(fn, recurse)
+        self._buffers["weight_like"] = fn(like)  # the one buffer that follows casts: it tells the model's dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"widths={tuple(self.widths)}, group={self.group}, layout={self.layout}"
+        )
+
+
+def column_energy(scale: Tensor, spec: SliceSpec, k: int, sensitivity: Tensor | None = None) -> Tensor:
+    """Return the predicted loss growth per squared activation of each column with the base slice only.
+
+    ``sum_n h_n s_{n,g}^2 / 12``: cells of step s have an error of variance s^2 / 12, and ``h_n`` is how much the loss
+    grows per squared error at output n (1 where it is not known).
+
+    Shapes: scale [N, groups]; sensitivity [N]; returns float32 [k].
+    """
+    squares = scale.double().square() / 12
+    if sensitivity is not None:
+        squares = squares * sensitivity.double().to(squares.device).unsqueeze(1)
+    return squares.sum(0).repeat_interleave(spec.group)[:k].float()
+
+
+def elastic_linears(model: nn.Module) -> dict[str, MobiLinear]:
+    """Return the elastic linears of a model by name, each module once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MobiLinear)}

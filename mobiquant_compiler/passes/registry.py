@@ -1,0 +1,94 @@
+"""Names to passes, lazily: built-in ones here, others by the entry point group ``mobiquant_compiler.passes``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from mobiquant_compiler.errors import BadOption, DuplicatePass, UnknownPass
+from mobiquant_compiler.passes.base import GraphPass
+
+ENTRY_POINTS = "mobiquant_compiler.passes"
+PASSES: dict[str, str] = {
+    "normalise-linears": "mobiquant_compiler.passes.normalise_linears:NormaliseLinears",
+    "bind-slices": "mobiquant_compiler.passes.bind_slices:BindSlices",
+    "share-routing": "mobiquant_compiler.passes.share_routing:ShareRouting",
+    "expand-elastic": "mobiquant_compiler.passes.expand_elastic:ExpandElastic",
+    "fuse-elastic": "mobiquant_compiler.passes.fuse_elastic:FuseElastic",
+}
+DEFAULT_PIPELINE = ("normalise-linears", "bind-slices", "share-routing", "expand-elastic", "fuse-elastic")
+
+
+@lru_cache(maxsize=1)
+def all_passes() -> dict[str, str]:
+    """Return every known pass as ``name -> "module:Class"``.
+
+    Raises:
+        DuplicatePass: a plugin took a name that is in use.
+    """
+    known = dict(PASSES)
+    for point in entry_points(group=ENTRY_POINTS):
+        if known.get(point.name, point.value) != point.value:
+            raise DuplicatePass(name=point.name, first=known[point.name], second=point.value)
+        known[point.name] = point.value
+    return known
+
+
+def pass_names() -> list[str]:
+    """Return the known names, built-in ones first."""
+    return list(all_passes())
+
+
+def load_pass(text: str) -> GraphPass:
+    """Build a pass from ``name`` or ``name{option=value,other-option=value}``.
+
+    Raises:
+        UnknownPass: no such name.
+        BadOption: an option that the pass does not have.
+    """
+    name, _, options = text.strip().partition("{")
+    target = all_passes().get(name)
+    if target is None:
+        raise UnknownPass(name=name, known=", ".join(pass_names()))
+    module, _, attribute = target.partition(":")
+    cls: Any = getattr(import_module(module), attribute)
+    values = _options(options.rstrip("}"))
+    known = list(getattr(cls, "__dataclass_fields__", {}))
+    for option in values:
+        if option not in known:
+            raise BadOption(where=f"pass {name}", name=option, got=values[option], wanted=f"one of {known}")
+    return cls(**values)
+
+
+def _options(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        values[key.strip().replace("-", "_")] = _literal(value.strip())
+    return values
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def split_pipeline(text: str) -> list[str]:
+    """Split ``a,b{x=1,y=2},c`` at the commas outside braces."""
+    parts, depth, current = [], 0, ""
+    for char in text:
+        depth += (char == "{") - (char == "}")
+        if char == "," and not depth:
+            parts.append(current)
+            current = ""
+        else:
+            current += char
+    return [p.strip() for p in [*parts, current] if p.strip()]

@@ -1,0 +1,64 @@
+"""Route once for linears that read the same input through the same router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule, Node
+
+from mobiquant_compiler.ops import OPS
+from mobiquant_compiler.passes.base import PassContext, PassResult
+from mobiquant_compiler.passes.edit import replace, splice
+
+ROUTER_ARGS = 6  # x, router, thresholds, hist, mask, kind
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRouting:
+    """Split elastic linears that share input and router into one `route` and a `routed_linear` each.
+
+    Before (q, k and v of an attention block)::
+
+        %q = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask, energy, %q_slices, ...)
+        %k = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask, energy, %k_slices, ...)
+
+    After::
+
+        %counts = call_function[mobiquant.route](%x, [%energy, %gain], %thresholds, %hist, %mask, energy)
+        %q = call_function[mobiquant.routed_linear](%x, %counts, %q_slices, ...)
+        %k = call_function[mobiquant.routed_linear](%x, %counts, %k_slices, ...)
+
+    Telemetry then counts such an input once instead of once a linear; averages are the same.
+    """
+
+    name: ClassVar[str] = "share-routing"
+    after: ClassVar[frozenset[str]] = frozenset({"bind-slices"})
+    min_linears: int = 2
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
+        """Rewrite every group of at least `min_linears`."""
+        groups: dict[tuple[Any, ...], list[Node]] = {}
+        for node in gm.graph.nodes:
+            if node.target is OPS.elastic_linear.default:
+                groups.setdefault(_key(node), []).append(node)
+        rewritten = 0
+        for members in groups.values():
+            if len(members) >= self.min_linears:
+                _share(gm, members)
+                rewritten += len(members)
+        return PassResult(rewritten)
+
+
+def _key(node: Node) -> tuple[Any, ...]:
+    x, router, *rest = node.args[:ROUTER_ARGS]
+    return (x, tuple(router), *rest)
+
+
+def _share(gm: GraphModule, members: list[Node]) -> None:
+    first = members[0]
+    with splice(gm, before=first, origin=ShareRouting.name) as at:
+        counts = at(OPS.route.default, *first.args[:ROUTER_ARGS])
+    for node in members:
+        with splice(gm, before=node, origin=ShareRouting.name) as at:
+            replace(node, at(OPS.routed_linear.default, node.args[0], counts, *node.args[ROUTER_ARGS:]))

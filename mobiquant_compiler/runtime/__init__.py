@@ -1,0 +1,1 @@
+"""What happens while a model runs: budgets, telemetry, launches, weights bound to slices."""

@@ -1,0 +1,91 @@
+"""Achieved bits: what the routers really chose, padding left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mobiquant_compiler.errors import MaskTooLong
+from mobiquant_compiler.linear import MASK_CAPACITY, MobiLinear, Router, TokenMask
+
+
+@dataclass(frozen=True, slots=True)
+class AchievedBits:
+    """Average weight bits per token as they really were.
+
+    Attributes:
+        total: Over all elastic linears, each weighted by its number of parameters; NaN before the first token.
+        layers: The same per linear.
+        tokens: Tokens counted (of the linear that saw most).
+    """
+
+    total: float
+    layers: Mapping[str, float]
+    tokens: int
+
+    def __float__(self) -> float:
+        return self.total
+
+    def __format__(self, spec: str) -> str:
+        return format(self.total, spec)
+
+
+def achieved(linears: Mapping[str, MobiLinear]) -> AchievedBits:
+    """Average the slice counts that the routers of `linears` recorded since the last `reset`."""
+    layers: dict[str, float] = {}
+    bits = params = 0.0
+    tokens = 0
+    for name, linear in linears.items():
+        hist = linear.router.hist.double().cpu()
+        seen = float(hist.sum())
+        if not seen:
+            layers[name] = float("nan")
+            continue
+        layers[name] = float(hist @ linear.router.bits_by_count()) / seen
+        weight = linear.in_features * linear.out_features
+        bits, params = bits + layers[name] * weight, params + weight
+        tokens = max(tokens, int(seen))
+    return AchievedBits(bits / params if params else float("nan"), layers, tokens)
+
+
+def routers_of(linears: Mapping[str, MobiLinear]) -> list[Router]:
+    """Return the distinct routers in the order of their first linear."""
+    return list({id(linear.router): linear.router for linear in linears.values()}.values())
+
+
+def reset(linears: Mapping[str, MobiLinear]) -> None:
+    """Forget what was recorded."""
+    for router in routers_of(linears):
+        router.hist.zero_()
+
+
+@contextmanager
+def masked(linears: Mapping[str, MobiLinear], mask: Tensor) -> Iterator[None]:
+    """Leave padding out of telemetry: calls of exactly ``mask.numel()`` tokens count only where `mask` is nonzero.
+
+    Raises:
+        MaskTooLong: more tokens than the mask buffer holds.
+    """
+    flat = mask.reshape(-1)
+    if flat.numel() > MASK_CAPACITY:
+        raise MaskTooLong(got=flat.numel(), wanted=MASK_CAPACITY)
+    holders = _token_masks(linears)
+    for holder in holders:
+        holder.tokens[1 : flat.numel() + 1] = (flat != 0).to(holder.tokens)
+        holder.tokens[0] = flat.numel()
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.tokens[0] = 0
+
+
+def _token_masks(linears: Mapping[str, MobiLinear]) -> list[TokenMask]:
+    masks = {id(r.token_mask): r.token_mask for r in routers_of(linears)}
+    return list(masks.values())
+
+
