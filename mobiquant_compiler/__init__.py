@@ -7,6 +7,9 @@
     mq.set_budget(model, 3.0)
 """
 
+from typing import TYPE_CHECKING, Any
+
+from mobiquant_compiler import wiring as _wiring  # noqa: F401  (registers the CUDA kernels; queries no device)
 from mobiquant_compiler.budgets import (
     achieved_bits,
     budget,
@@ -24,6 +27,9 @@ from mobiquant_compiler.runtime.telemetry import AchievedBits
 from mobiquant_compiler.slices import output_bound, slice_bound
 from mobiquant_compiler.spec import Layout, SliceSpec
 
+if TYPE_CHECKING:
+    from mobiquant_compiler.checkpoint import load, load_into, save
+
 __version__ = "0.1.0"
 __all__ = [
     "AchievedBits",
@@ -39,10 +45,22 @@ __all__ = [
     "achieved_bits",
     "budget",
     "get_budget",
+    "load",
+    "load_into",
     "output_bound",
     "padding_mask",
     "quantize_",
     "reset_telemetry",
+    "save",
     "set_budget",
     "slice_bound",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Checkpoints need transformers, which takes seconds to import: only where they are used.
+    if name in ("load", "load_into", "save"):
+        from mobiquant_compiler import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
