@@ -246,6 +246,13 @@ class TextTooShort(ModelError):
     message = "{where}: the text gives {got} tokens; wanted at least {wanted}. Use a longer text or shorter windows."
 
 
+class TextMissing(ModelError):
+    message = (
+        "text {path}: cannot be read ({reason}); wanted a UTF-8 file (.raw, .txt, .jsonl with a \"text\" field), "
+        "'pydoc' or 'pydoc-calibration'."
+    )
+
+
 class EmptyBatch(ModelError):
     message = "{where}: the batch is empty (shape {got}); wanted at least one token."
 

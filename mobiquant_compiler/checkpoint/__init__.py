@@ -1,7 +1,16 @@
 """Checkpoints of elastic models (design section 9): plain safetensors, checked tensor by tensor, never pickle."""
 
 from mobiquant_compiler.checkpoint.files import FORMAT_VERSION, is_checkpoint, read_manifest
-from mobiquant_compiler.checkpoint.load import load, load_into, read_linears
+from mobiquant_compiler.checkpoint.load import load, load_into, read_linears, weight_source
 from mobiquant_compiler.checkpoint.save import save
 
-__all__ = ["FORMAT_VERSION", "is_checkpoint", "load", "load_into", "read_linears", "read_manifest", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "is_checkpoint",
+    "load",
+    "load_into",
+    "read_linears",
+    "read_manifest",
+    "save",
+    "weight_source",
+]

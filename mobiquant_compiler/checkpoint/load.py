@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mobiquant_compiler.checkpoint.files import (
     CONFIG,
@@ -29,10 +28,13 @@ from mobiquant_compiler.errors import (
     CheckpointMismatch,
     CheckpointMissing,
     CheckpointTensor,
+    WeightNotInCheckpoint,
 )
 from mobiquant_compiler.linear import MobiLinear, Router, TokenMask
-from mobiquant_compiler.quantize import linear_like, weight_of
+from mobiquant_compiler.meta import WeightsOnMeta
+from mobiquant_compiler.quantize import fingerprint, linear_like, weight_of
 from mobiquant_compiler.runtime.budget import QUANTILES, BudgetState, CalibratedTable, StaticTable
+from mobiquant_compiler.spec import SliceSpec
 
 
 class Reader:
@@ -196,19 +198,31 @@ def read_linears(
     return makers
 
 
-class _WeightsOnMeta(TorchFunctionMode):
-    """Give parameters made by ``torch.empty`` no memory, and leave computed buffers (rotary tables) as they are.
+def weight_source(directory: str | Path) -> Callable[[Tensor, SliceSpec, str], MobiLinear]:
+    """Return what the backend asks for the slices of a plain weight: ``source(weight [N, K], spec, layer name)``.
 
-    A meta default device would take both, and what a constructor computed could not be had again.
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        WeightNotInCheckpoint: (when asked) no linear was made from that weight.
+        CheckpointMismatch: (when asked) it was sliced otherwise than the graph wants.
     """
+    directory = Path(directory)
+    read_manifest(directory)
+    makers: dict[torch.device, dict[str, Callable[[], MobiLinear]]] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+    def source(weight: Tensor, spec: SliceSpec, name: str) -> MobiLinear:
+        if weight.device not in makers:
+            makers[weight.device] = read_linears(directory, device=weight.device)
+        make = makers[weight.device].get(fingerprint(weight))
+        if make is None:
+            raise WeightNotInCheckpoint(path=directory, where=name, shape=" x ".join(map(str, weight.shape)))
+        linear = make()
+        if linear.spec != spec:
+            what = f"layer {name} is sliced otherwise (set options['slices'] to match)"
+            raise CheckpointMismatch(path=directory, what=what, got=linear.spec, wanted=spec)
+        return linear
+
+    return source
 
 
 def _build(reader: Reader) -> nn.Module:
@@ -224,7 +238,7 @@ def _build(reader: Reader) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(kind, **values)
         named = getattr(transformers, (config.architectures or [""])[0], None)
-        with _WeightsOnMeta():
+        with WeightsOnMeta():
             return named._from_config(config) if named else transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as err:
         raise CheckpointCorrupt(path=reader.directory, what=CONFIG, reason=err) from err

@@ -27,6 +27,7 @@ from mobiquant_compiler.errors import (
     CheckpointTensor,
     CheckpointTooNew,
     NotElastic,
+    WeightNotInCheckpoint,
 )
 from mobiquant_compiler.linear import MobiLinear, elastic_linears
 from mobiquant_compiler.quantize import fingerprint
@@ -228,6 +229,24 @@ class TestReadLinears:
         makers = checkpoint.read_linears(copy)
         with pytest.raises(CheckpointTensor, match=f"{Q_PROJ}.scale has values"):
             makers[fingerprint(tiny_llama().get_submodule(Q_PROJ).weight)]()
+
+
+class TestWeightSource:
+    """What the backend asks when a plain model is compiled with ``options={"checkpoint": ...}``."""
+
+    def test_gives_the_slices_of_a_known_weight(self, model: LlamaForCausalLM, saved: Path) -> None:
+        weight = tiny_llama().get_submodule(Q_PROJ).weight
+        linear = checkpoint.weight_source(saved)(weight, mq.SliceSpec(group=32), Q_PROJ)
+        assert torch.equal(linear.slices, model.get_submodule(Q_PROJ).slices)
+
+    def test_refuses_other_weights_by_name(self, saved: Path) -> None:
+        with pytest.raises(WeightNotInCheckpoint, match=r"weight h\.0 \(64 x 64\) matches no linear"):
+            checkpoint.weight_source(saved)(torch.randn(64, 64), mq.SliceSpec(group=32), "h.0")
+
+    def test_refuses_another_slicing(self, saved: Path) -> None:
+        weight = tiny_llama().get_submodule(Q_PROJ).weight
+        with pytest.raises(CheckpointMismatch, match="sliced otherwise"):
+            checkpoint.weight_source(saved)(weight, mq.SliceSpec(group=64), Q_PROJ)
 
 
 class TestWriting:
