@@ -41,7 +41,7 @@ def check_tokens(tokens: Tensor, where: str = "calibration") -> Tensor:
     tokens = tokens.reshape(-1, tokens.shape[-1])
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise EmptyBatch(where=where, got=tuple(tokens.shape))
-    return tokens.long()
+    return tokens.clone().long() if tokens.is_inference() else tokens.long()
 
 
 @contextmanager

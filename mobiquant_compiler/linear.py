@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiquant_compiler.errors import BadWeightShape
+from mobiquant_compiler.errors import BadWeightShape, TrainingGraph
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import slice_weight
@@ -94,6 +94,18 @@ class Router(_KeepsDtype):
         return f"kind={self.kind}, widths={self.widths}, floor={self.floor}, ceiling={self.ceiling}"
 
 
+class _NoGradient(torch.autograd.Function):
+    """The identity; its backward refuses. Without it a residual around the layer would hide the missing gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise TrainingGraph(what="the input of an elastic linear")
+
+
 class MobiLinear(_KeepsDtype):
     """A linear layer held as residual bit slices; its forward is one op.
 
@@ -165,6 +177,8 @@ class MobiLinear(_KeepsDtype):
         """Multiply tokens [..., K] by the weight of each token's slice count; returns [..., N] in the dtype of x."""
         if x.shape[-1] != self.in_features:
             raise BadWeightShape(where="MobiLinear input", got=tuple(x.shape), wanted=f"[..., {self.in_features}]")
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x = _NoGradient.apply(x)
         router = self.router
         return OPS.elastic_linear.default(
             x,

@@ -19,13 +19,15 @@ from mobiquant_compiler.calibrate import (
     shared_inputs,
 )
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig, matches
-from mobiquant_compiler.errors import NothingToQuantize, StrictSkip
+from mobiquant_compiler.errors import BadOption, NothingToQuantize, StrictSkip
 from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, column_energy
 from mobiquant_compiler.report import Coverage, Skip, SkipReason
 from mobiquant_compiler.runtime.budget import BudgetState
 from mobiquant_compiler.slices import WEIGHT_DTYPES, check_weight
 
 ANCHORS = (2.5, 3.0, 4.0, 5.0, 6.5)  # budgets at which scores are measured, for a range of 2 to 8 bits
+
+TABLE_WINDOWS = 4  # windows that scores are measured on: two thousand tokens fix a quantile well enough
 
 
 def linear_like(module: nn.Module) -> str | None:
@@ -47,8 +49,9 @@ def weight_of(module: nn.Module) -> Tensor:
 def select(model: nn.Module, config: SliceConfig) -> tuple[dict[str, nn.Module], list[Skip]]:
     """Return the linears to quantize by name, and everything left alone with its reason."""
     holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():  # each module once: two names of one module are no tie
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
     chosen: dict[str, nn.Module] = {}
     skipped: list[Skip] = []
     for name, module in model.named_modules():
@@ -96,6 +99,7 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + data.tobytes()).hexdigest()
 
 
+@torch.inference_mode(False)  # buffers made under inference mode could not be written to outside of it
 def quantize_(
     model: nn.Module,
     config: SliceConfig | None = None,
@@ -141,13 +145,15 @@ def quantize_(
     if tokens is not None:
         if config.scope == "input":
             groups = shared_inputs(model, linears, tokens[:1, :32], loss)
+        for group in groups:
+            _group_limits(group, config)
         sensitivity = sensitivities(model, linears, tokens, loss, progress)
     coverage = _replace(model, linears, skipped, config, sensitivity, progress)
     state = _share_routers(model, groups, config, sensitivity)
     if tokens is not None:
         elastic = {name: model.get_submodule(name) for name in linears}
         anchors = _anchors(state)
-        state.table = measure_table(model, elastic, state, tokens, anchors, loss, progress)  # type: ignore[arg-type]
+        state.table = measure_table(model, elastic, state, tokens[:TABLE_WINDOWS], anchors, loss, progress)  # type: ignore[arg-type]
     if budget is not None:
         state.set(budget)
     return coverage
@@ -164,6 +170,7 @@ def _check(
     if strict and unasked:
         raise StrictSkip(count=len(unasked), graph=type(model).__name__, skips="; ".join(map(str, unasked)))
     for name, module in linears.items():
+        config.limits(name)
         weight = weight_of(module)
         check_weight(weight, config.spec_for(weight.shape[1]), where=name)
 
@@ -224,12 +231,21 @@ def _share_routers(
         )
         router = Router(energy / params, members[0].spec.widths, members[0].router.token_mask)
         router.params = params
-        limits = [config.limits(name) for name in group]
-        router.floor, router.ceiling = max(low for low, _ in limits), min(high for _, high in limits)
+        router.floor, router.ceiling = _group_limits(group, config)
         for member in members:
             member.router = router
         routers.append(router)
     return BudgetState(routers)
+
+
+def _group_limits(group: Sequence[str], config: SliceConfig) -> tuple[int, int]:
+    """Return the floor and ceiling of linears that share one decision: the strictest of each."""
+    limits = [config.limits(name) for name in group]
+    low, high = max(low for low, _ in limits), min(high for _, high in limits)
+    if low > high:
+        where = f"SliceConfig for {', '.join(group)}, which share a router"
+        raise BadOption(where=where, name="floor/ceiling", got=(low, high), wanted="floor <= ceiling")
+    return low, high
 
 
 def _anchors(state: BudgetState) -> list[float]:

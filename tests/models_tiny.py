@@ -54,13 +54,16 @@ class TinyLM(nn.Module):
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every matrix outlier columns and rows, in eval mode: uniform noise would leave a router nothing to choose."""
+    """Fill every matrix with columns of unequal size (plain noise leaves a router nothing to choose), in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 spread = torch.exp(0.5 * torch.randn(parameter.shape[-1], generator=generator))
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator) * spread)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -141,3 +144,20 @@ def tiny_mixtral() -> nn.Module:
         max_position_embeddings=64,
     )
     return seeded(MixtralForCausalLM(config))
+
+
+def with_rebuilt_weights(model: nn.Module, elastic: nn.Module) -> nn.Module:
+    """Write the weights that all slices of `elastic` stand for into the plain `model` they were made from."""
+    from mobiquant_compiler.linear import elastic_linears
+    from mobiquant_compiler.packing import unpack
+    from mobiquant_compiler.slices import reconstruct
+
+    for name, linear in elastic_linears(elastic).items():
+        spec, count = linear.spec, linear.spec.num_slices
+        codes = unpack(linear.slices, spec, count)
+        weight = reconstruct(codes, linear.scale.double(), linear.zero.double(), spec, count, torch.float64)
+        plain = model.get_submodule(name)
+        weight = weight[:, : linear.in_features]
+        with torch.no_grad():
+            plain.weight.copy_(weight.t() if type(plain).__name__ == "Conv1D" else weight)
+    return model

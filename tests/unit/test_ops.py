@@ -1,0 +1,235 @@
+"""Ops: CPU path against reference against float64, schemas and fakes, routing properties, telemetry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from mobiquant_compiler import cpu, reference
+from mobiquant_compiler.ops import OPS, SCHEMAS
+from mobiquant_compiler.packing import pack
+from mobiquant_compiler.slices import reconstruct, slice_weight
+from mobiquant_compiler.spec import Layout, SliceSpec
+from tests.tolerances import RESULTS, EXACT_MATH, assert_near
+
+SPECS = [
+    SliceSpec((2, 2, 2, 2), 32),
+    SliceSpec((2, 2, 2, 2), 64, Layout.BIT_MAJOR),
+    SliceSpec((4, 2, 2), 32),
+    SliceSpec((3, 2, 1), 32, Layout.BIT_MAJOR),
+    SliceSpec((1, 1), 128),
+    SliceSpec((4,), 32),
+]
+IDS = [f"{spec.layout}-{''.join(map(str, spec.widths))}-{spec.group}" for spec in SPECS]
+TOKENS = [0, 1, 2, 7, 64, 1000]
+
+
+class Case:
+    """One sliced weight, a router with thresholds that give mixed counts, and the arguments of every op."""
+
+    def __init__(self, spec: SliceSpec, tokens: int, n: int = 24, k: int = 100, dtype=torch.float32, bias: bool = True):
+        self.spec, self.tokens = spec, tokens
+        sliced = slice_weight(torch.randn(n, k), spec, scale_dtype=torch.float32)
+        self.codes, self.scale, self.zero = sliced.codes, sliced.scale, sliced.zero
+        self.slices = pack(sliced.codes, spec)
+        self.bias = torch.randn(n).to(dtype) if bias else None
+        self.x = (torch.randn(tokens, k) * torch.exp(2 * torch.randn(tokens, 1))).to(dtype)
+        further = spec.num_slices - 1
+        self.router = [torch.rand(k) / k, 4.0 ** -torch.arange(further, dtype=torch.float32)]
+        self.thresholds = torch.full((further,), 0.2)
+        self.hist = torch.zeros(spec.num_slices, dtype=torch.int64)
+        self.mask = torch.zeros(9, dtype=torch.int32)
+
+    @property
+    def route_args(self) -> tuple:
+        return (self.x, self.router, self.thresholds, self.hist, self.mask, "energy")
+
+    @property
+    def weight_args(self) -> tuple:
+        spec = self.spec
+        return (self.slices, self.scale, self.zero, self.bias, list(spec.widths), spec.group, str(spec.layout))
+
+    def counts(self) -> torch.Tensor:
+        return torch.randint(1, self.spec.num_slices + 1, (self.tokens,), dtype=torch.int32)
+
+    def exact(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the result in float64, token by token, from codes that were never packed."""
+        y = torch.zeros(self.tokens, self.scale.shape[0], dtype=torch.float64)
+        for token, count in enumerate(counts.tolist()):
+            rest = self.spec.total_bits - self.spec.bits(count)
+            weight = reconstruct(self.codes >> rest, self.scale, self.zero, self.spec, count, torch.float64)
+            y[token] = weight[:, : self.x.shape[1]] @ self.x[token].double()
+        return y if self.bias is None else y + self.bias.double()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_cpu_and_reference_equal_an_independent_float64_result(spec, tokens):
+    case = Case(spec, tokens)
+    counts = case.counts()
+    wanted = case.exact(counts)
+    assert_near(OPS.routed_linear(case.x, counts, *case.weight_args), wanted, EXACT_MATH)
+    slow = reference.routed_linear(case.x, counts, *case.weight_args[:4], spec)
+    assert_near(slow, wanted, EXACT_MATH)
+    assert slow.dtype == case.x.dtype
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_tokens_that_all_use_one_count_take_the_short_way_to_the_same_result(spec):
+    case = Case(spec, 5)
+    for count in range(1, spec.num_slices + 1):
+        counts = torch.full((5,), count, dtype=torch.int32)
+        assert_near(OPS.routed_linear(case.x, counts, *case.weight_args), case.exact(counts), EXACT_MATH)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 33), (130, 257), (17, 1000)])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_odd_shapes_and_no_bias(n, k, layout):
+    case = Case(SliceSpec((2, 2, 2, 2), 64, layout), 9, n, k, bias=False)
+    counts = case.counts()
+    assert_near(OPS.routed_linear(case.x, counts, *case.weight_args), case.exact(counts), EXACT_MATH)
+
+
+@pytest.mark.parametrize("dtype", list(RESULTS))
+def test_result_has_the_dtype_of_x_and_one_rounding(dtype):
+    case = Case(SPECS[0], 6, dtype=dtype)
+    counts = case.counts()
+    y = OPS.routed_linear(case.x, counts, *case.weight_args)
+    assert y.dtype == dtype
+    assert_near(y, case.exact(counts), RESULTS[dtype])
+
+
+def test_cpu_path_cuts_large_weights_without_a_seam(monkeypatch):
+    case = Case(SPECS[0], 3, n=70, k=128)
+    counts = case.counts()
+    whole = OPS.routed_linear(case.x, counts, *case.weight_args)
+    monkeypatch.setattr(cpu, "_CHUNK", 1024)  # 16 rows at a time
+    assert_near(OPS.routed_linear(case.x, counts, *case.weight_args), whole, EXACT_MATH)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_routes_agree_between_cpu_and_reference(tokens):
+    case, other = Case(SPECS[0], tokens), torch.zeros(4, dtype=torch.int64)
+    counts = OPS.route(*case.route_args)
+    wanted = reference.route(case.x, case.router, case.thresholds, other, case.mask, "energy")
+    assert counts.dtype == torch.int32
+    assert counts.shape == (tokens,)
+    assert torch.equal(counts, wanted)
+    assert torch.equal(case.hist, other)
+    assert int(case.hist.sum()) == tokens
+    if tokens == 1000:
+        assert (case.hist > 0).all(), "the case must mix counts"
+
+
+def test_whole_op_is_route_and_routed_linear():
+    case = Case(SPECS[0], 40)
+    y = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    counts = OPS.route(*case.route_args)
+    assert torch.equal(y, OPS.routed_linear(case.x, counts, *case.weight_args))
+    assert case.hist.sum() == 80, "both calls count"
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1), (2, 0), (2, 2, 2)])
+def test_leading_dimensions_are_kept(shape):
+    case = Case(SPECS[0], 8)
+    x = torch.randn(*shape, 100)
+    y = OPS.elastic_linear(x, *case.route_args[1:], *case.weight_args)
+    assert y.shape == (*shape, 24)
+    flat = OPS.elastic_linear(x.reshape(-1, 100), *case.route_args[1:], *case.weight_args)
+    assert_near(y.reshape(-1, 24), flat, EXACT_MATH)
+    assert OPS.route(x, *case.route_args[1:]).shape == shape
+
+
+def opcheck_cases():
+    """Yield every op at three sizes, and the ops that know layouts at every spec."""
+    for name in sorted(SCHEMAS):
+        yield from (pytest.param(name, SPECS[0], tokens, id=f"{name}-{tokens}") for tokens in (0, 1, 5))
+    for name in ("elastic_linear", "slice_gemm"):
+        yield from (pytest.param(name, SPECS[i], 5, id=f"{name}-{IDS[i]}") for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize(("name", "spec", "tokens"), list(opcheck_cases()))
+def test_opcheck(name, spec, tokens):
+    case = Case(spec, tokens)
+    counts = case.counts()
+    rows, offsets, grouped = OPS.gather(case.x, counts, spec.num_slices)
+    arguments = {
+        "route": case.route_args,
+        "gather": (case.x, counts, spec.num_slices),
+        "slice_gemm": (grouped, offsets, *case.weight_args),
+        "scatter": (torch.randn(tokens, 24), rows, counts),
+        "routed_linear": (case.x, counts, *case.weight_args),
+        "elastic_linear": (*case.route_args, *case.weight_args),
+    }
+    opcheck(getattr(OPS, name).default, arguments[name])
+
+
+def test_nan_in_one_token_stays_in_that_token():
+    case = Case(SPECS[0], 6)
+    clean = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    case.x[2, 5] = float("nan")
+    y = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    others = [0, 1, 3, 4, 5]
+    assert y[2].isnan().all()
+    assert_near(y[others], clean[others], EXACT_MATH)
+    assert OPS.route(*case.route_args)[2] == 1, "a NaN score asks for nothing"
+    assert OPS.route(case.x[2:3], *case.route_args[1:]).tolist() == [1]
+
+
+@given(tokens=st.integers(0, 40), slices=st.integers(1, 5), seed=st.integers(0, 1 << 30))
+def test_scatter_undoes_gather(tokens, slices, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 7, generator=generator)
+    counts = torch.randint(1, slices + 1, (tokens,), generator=generator, dtype=torch.int32)
+    rows, offsets, grouped = OPS.gather(x, counts, slices)
+    assert torch.equal(OPS.scatter(grouped, rows, counts), x)
+    assert offsets[0] == 0
+    assert offsets[-1] == tokens
+    for count in range(1, slices + 1):
+        start, stop = offsets[count - 1 : count + 1].tolist()
+        members = rows[start:stop].long()
+        assert (counts[members] == count).all()
+        assert members.tolist() == sorted(members.tolist()), "stable: tokens keep their order"
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1 << 30), low=st.floats(-6, 2), step=st.floats(0, 3))
+def test_a_lower_threshold_never_gives_a_token_fewer_slices(seed, low, step):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 40, generator=generator)
+    router = [torch.rand(40, generator=generator), torch.tensor([1.0, 0.25, 0.06])]
+    hist, mask = torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    counts = [
+        OPS.route(x, router, torch.full((3,), 10.0**exponent), hist, mask, "energy") for exponent in (low + step, low)
+    ]
+    assert (counts[0] <= counts[1]).all()
+
+
+@pytest.mark.parametrize(("value", "count"), [(-torch.inf, 4), (torch.inf, 1)])
+def test_infinite_thresholds_force_and_forbid(value, count):
+    case = Case(SPECS[0], 12)
+    case.x[0] = 0
+    case.thresholds.fill_(value)
+    assert (OPS.route(*case.route_args) == count).all()
+
+
+def test_a_slice_needs_the_slice_before_it():
+    case = Case(SPECS[0], 12)
+    case.thresholds = torch.tensor([-torch.inf, torch.inf, -torch.inf])
+    assert (OPS.route(*case.route_args) == 2).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_padding_is_left_out_of_the_histogram_and_only_there(tokens):
+    case = Case(SPECS[0], tokens)
+    plain = OPS.route(*case.route_args)
+    case.hist.zero_()
+    case.mask[0] = tokens
+    case.mask[1 : 1 + tokens] = torch.tensor([0, 1, 1, 0][:tokens])
+    assert torch.equal(OPS.route(*case.route_args), plain)
+    assert int(case.hist.sum()) == {1: 0, 4: 2}[tokens]
+    OPS.route(torch.randn(3, 100), *case.route_args[1:])  # another number of tokens is counted whole
+    assert int(case.hist.sum()) == {1: 0, 4: 2}[tokens] + 3
