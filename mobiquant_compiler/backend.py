@@ -101,7 +101,8 @@ def _bound_graph(ctx: PassContext) -> BoundGraph | None:
     """Return the run-time side of the weights that bind-slices found, None where there are none."""
     if not ctx.bindings:
         return None
-    slots = [Slot(b.name, b.index, b.transposed, b.spec) for b in ctx.bindings]
+    limits = ctx.config.slices.limits
+    slots = [Slot(b.name, b.index, b.transposed, b.spec, limits(b.name)) for b in ctx.bindings]
     return BoundGraph(slots, ctx.config.budget, _checkpoint_source(ctx.config))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class SliceConfig:
     def spec_for(self, k: int) -> SliceSpec:
         """Return the slice spec of a linear with `k` input columns."""
         group = choose_group(k) if self.group == "auto" else int(self.group)
-        return SliceSpec(self.widths, group, Layout(self.layout))
+        return SliceSpec(self.widths, group, self.layout)  # type: ignore[arg-type]  # checks and converts the layout
 
     def selects(self, name: str) -> bool:
         """Say whether the linear `name` is included and not excluded."""
@@ -124,7 +125,7 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         where = "backend 'mobiquant'"
-        if self.budget is not None and not (isinstance(self.budget, int | float) and self.budget > 0):
+        if self.budget is not None and not (is_number(self.budget) and self.budget > 0):
             raise BadOption(where=where, name="budget", got=self.budget, wanted="a number of bits above 0")
         if not isinstance(self.strict, bool):
             raise BadOption(where=where, name="strict", got=self.strict, wanted="True or False")
@@ -138,6 +139,10 @@ class CompileConfig:
             object.__setattr__(self, "slices", SliceConfig.from_dict(self.slices, where="options['slices']"))
         if not isinstance(self.slices, SliceConfig):
             raise BadOption(where=where, name="slices", got=self.slices, wanted="a SliceConfig or its fields")
+        if not isinstance(self.inductor, Mapping):
+            raise BadOption(where=where, name="inductor", got=self.inductor, wanted="a mapping of Inductor's options")
+        if not isinstance(self.passes, str | Sequence | None):
+            raise BadOption(where=where, name="passes", got=self.passes, wanted="names of passes")
         if isinstance(self.passes, str):
             object.__setattr__(self, "passes", (self.passes,))
         elif self.passes is not None:
@@ -190,6 +195,11 @@ class RuntimeConfig:
         base = environ.get(ENV_PREFIX + "CACHE")
         default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobiquant"
         return cls(Path(base) if base else default, environ.get(ENV_PREFIX + "LOG"))
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value is a real number, NumPy's included; booleans are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

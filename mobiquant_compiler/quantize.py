@@ -150,7 +150,8 @@ def quantize_(
         sensitivity = sensitivities(model, linears, tokens, loss, progress)
     coverage = _replace(model, linears, skipped, config, sensitivity, progress)
     state = _share_routers(model, groups, config, sensitivity)
-    if tokens is not None:
+    state.set(state.budget)  # ceilings hold from the start
+    if tokens is not None and len(config.widths) > 1:
         elastic = {name: model.get_submodule(name) for name in linears}
         anchors = _anchors(state)
         state.table = measure_table(model, elastic, state, tokens[:TABLE_WINDOWS], anchors, loss, progress)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mobiquant_compiler.config import is_number
 from mobiquant_compiler.errors import BudgetOutOfRange
 from mobiquant_compiler.linear import Router
 
@@ -169,7 +170,7 @@ class BudgetState:
     def check(self, budget: float, where: str = "set_budget") -> None:
         """Raise `BudgetOutOfRange` for a budget that floors and ceilings do not allow."""
         low, high = self.range
-        if not (isinstance(budget, int | float) and low - 1e-9 <= budget <= high + 1e-9):
+        if not (is_number(budget) and low - 1e-9 <= budget <= high + 1e-9):
             bounded = any(r.floor > 1 or r.ceiling < len(r.widths) for r in self.routers)
             hint = ", or change floors and ceilings" if bounded else ""
             raise BudgetOutOfRange(where=where, got=budget, low=low, high=high, hint=hint)

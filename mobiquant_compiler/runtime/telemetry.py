@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class AchievedBits:
     Attributes:
         total: Over all elastic linears, each weighted by its number of parameters; NaN before the first token.
         layers: The same per linear.
-        tokens: Tokens counted (of the linear that saw most).
+        tokens: Tokens counted (of the linear that saw most; a decision that several linears share is counted once
+            a linear in eager mode, and is only looked at where there is no other).
     """
 
     total: float
@@ -38,7 +40,8 @@ def achieved(linears: Mapping[str, MobiLinear]) -> AchievedBits:
     """Average the slice counts that the routers of `linears` recorded since the last `reset`."""
     layers: dict[str, float] = {}
     bits = params = 0.0
-    tokens = 0
+    seen_by: dict[bool, int] = {True: 0, False: 0}
+    shared = Counter(id(linear.router) for linear in linears.values())
     for name, linear in linears.items():
         hist = linear.router.hist.double().cpu()
         seen = float(hist.sum())
@@ -48,8 +51,9 @@ def achieved(linears: Mapping[str, MobiLinear]) -> AchievedBits:
         layers[name] = float(hist @ linear.router.bits_by_count()) / seen
         weight = linear.in_features * linear.out_features
         bits, params = bits + layers[name] * weight, params + weight
-        tokens = max(tokens, int(seen))
-    return AchievedBits(bits / params if params else float("nan"), layers, tokens)
+        alone = shared[id(linear.router)] == 1
+        seen_by[alone] = max(seen_by[alone], int(seen))
+    return AchievedBits(bits / params if params else float("nan"), layers, seen_by[True] or seen_by[False])
 
 
 def routers_of(linears: Mapping[str, MobiLinear]) -> list[Router]:
@@ -74,14 +78,15 @@ def masked(linears: Mapping[str, MobiLinear], mask: Tensor) -> Iterator[None]:
     if flat.numel() > MASK_CAPACITY:
         raise MaskTooLong(got=flat.numel(), wanted=MASK_CAPACITY)
     holders = _token_masks(linears)
+    before = [holder.tokens.clone() for holder in holders]
     for holder in holders:
         holder.tokens[1 : flat.numel() + 1] = (flat != 0).to(holder.tokens)
         holder.tokens[0] = flat.numel()
     try:
         yield
     finally:
-        for holder in holders:
-            holder.tokens[0] = 0
+        for holder, tokens in zip(holders, before, strict=True):
+            holder.tokens.copy_(tokens)
 
 
 def _token_masks(linears: Mapping[str, MobiLinear]) -> list[TokenMask]:

@@ -1,8 +1,8 @@
 """Slices of plain weights, looked up by the identity of the run-time weight (design section 6.2).
 
 A weight that was swapped, loaded or edited in place is seen at the next call: the entry remembers the tensor's
-version and address. Only an edit through ``.data`` of the same storage leaves no trace; `WeightTable.forget` is
-for that.
+version, storage and address. Only edits through ``.data`` of the same storage, and of tensors made under
+inference_mode, leave no trace; `WeightTable.forget` is for those.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mobiquant_compiler.linear import MobiLinear, TokenMask
@@ -24,23 +26,30 @@ Source = Callable[[Tensor, SliceSpec, str], MobiLinear | None]
 
 @dataclass(slots=True)
 class Bound:
-    """The slices of one weight and what tells that they are current."""
+    """The slices of one weight and what tells that they are current.
+
+    Attributes:
+        linear: The slices.
+        stamp: Version, address and storage of the weight they were made from.
+        storage: Keeps the storage's identity from being used again after it died.
+    """
 
     linear: MobiLinear
-    name: str
-    version: int
-    address: int
+    stamp: tuple[int, int, int]
+    storage: StorageWeakRef
 
 
-def _stamp(weight: Tensor) -> tuple[int, int]:
+def _stamp(weight: Tensor) -> tuple[int, int, int]:
     version = 0 if weight.is_inference() else weight._version
-    return version, weight.data_ptr()
+    # The address alone is not enough: memory of an old `.data` is soon given to a new one.
+    return version, weight.data_ptr(), weight.untyped_storage()._cdata
 
 
 class WeightTable:
     """Weak table from weight tensors to their slices; entries die with their weights."""
 
     def __init__(self) -> None:
+        # weight -> {(transposed, spec, source): slices}
         self._entries = WeakIdKeyDictionary()
         self._masks: dict[torch.device, TokenMask] = {}
         self._lock = threading.RLock()
@@ -50,7 +59,9 @@ class WeightTable:
         with self._lock:
             return self._masks.setdefault(device, TokenMask().to(device))
 
-    def lookup(self, weight: Tensor, transposed: bool, spec: SliceSpec, name: str, source: Source | None) -> tuple[MobiLinear, bool]:
+    def lookup(
+        self, weight: Tensor, transposed: bool, spec: SliceSpec, name: str, source: Source | None
+    ) -> tuple[MobiLinear, bool]:
         """Return the slices of a weight and whether they are new, packing on first use or after a change.
 
         Args:
@@ -63,17 +74,19 @@ class WeightTable:
         Raises:
             WeightError: the weight cannot become slices.
         """
-        version, address = _stamp(weight)
+        stamp = _stamp(weight)
         with self._lock:
-            entry: Bound | None = self._entries.get(weight)
-            if entry is not None and (entry.version, entry.address) == (version, address) and entry.linear.spec == spec:
+            variants: dict[object, Bound] = self._entries.setdefault(weight, {})
+            entry = variants.get((transposed, spec, source))
+            if entry is not None and entry.stamp == stamp:
                 return entry.linear, False
             linear = self._make(weight.t() if transposed else weight, spec, name, source)
-            if entry is not None and entry.linear.spec == spec and entry.linear.slices.shape == linear.slices.shape:
+            storage = StorageWeakRef(weight.untyped_storage())
+            if entry is not None and _alike(entry.linear, linear):
                 _overwrite(entry.linear, linear)  # same addresses: recorded CUDA graphs stay right
-                entry.version, entry.address = version, address
+                entry.stamp, entry.storage = stamp, storage
                 return entry.linear, False
-            self._entries[weight] = Bound(linear, name, version, address)
+            variants[transposed, spec, source] = Bound(linear, stamp, storage)
             return linear, True
 
     def _make(self, weight: Tensor, spec: SliceSpec, name: str, source: Source | None) -> MobiLinear:
@@ -88,12 +101,12 @@ class WeightTable:
             )
 
     def of_model(self, model: nn.Module) -> dict[str, MobiLinear]:
-        """Return the bound linears of a model's parameters, by layer name."""
+        """Return the bound linears of a model's parameters, by layer name (with a number where one has several)."""
         found = {}
         for name, parameter in model.named_parameters():
-            entry = self._entries.get(parameter)
-            if entry is not None:
-                found[name.replace("_orig_mod.", "").removesuffix(".weight")] = entry.linear
+            layer = name.replace("_orig_mod.", "").removesuffix(".weight")
+            for number, entry in zip(count(), self._entries.get(parameter, {}).values()):
+                found[f"{layer}#{number}" if number else layer] = entry.linear
         return found
 
     def forget(self, model: nn.Module) -> int:
@@ -102,6 +115,12 @@ class WeightTable:
         for parameter in known:
             del self._entries[parameter]
         return len(known)
+
+
+def _alike(old: MobiLinear, new: MobiLinear) -> bool:
+    """Say whether the slices of `new` fit into the tensors of `old`."""
+    pairs = ((old.slices, new.slices), (old.scale, new.scale))
+    return all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in pairs)
 
 
 def _overwrite(old: MobiLinear, new: MobiLinear) -> None:
@@ -117,12 +136,13 @@ BOUND = WeightTable()
 
 @dataclass(slots=True)
 class Slot:
-    """Where a graph reads one bound weight."""
+    """Where a graph reads one bound weight; `limits` are the floor and ceiling of its slice count."""
 
     name: str
     index: int
     transposed: bool
     spec: SliceSpec
+    limits: tuple[int, int]
 
 
 class BoundGraph:
@@ -147,17 +167,28 @@ class BoundGraph:
 
     def resolve(self, args: Sequence[Tensor]) -> list[MobiLinear]:
         """Return the slices of this call's weights; new ones join one budget."""
-        fresh, linears = [], []
+        fresh: list[MobiLinear] = []
+        linears = []
         for slot in self.slots:
             linear, new = BOUND.lookup(args[slot.index], slot.transposed, slot.spec, slot.name, self.source)
             linears.append(linear)
             if new:
-                fresh.append(linear.router)
+                fresh.append(linear)
+                if linear.router.state is None:
+                    linear.router.floor, linear.router.ceiling = slot.limits
         if fresh:
-            state = BudgetState(fresh)
-            if self.budget is not None:
-                state.set(self.budget)
+            known = [linear.router.state for linear in linears if linear not in fresh]
+            self._join(fresh, known[0].budget if known else self.budget)
         return linears
+
+    def _join(self, fresh: Sequence[MobiLinear], budget: float | None) -> None:
+        """Give new slices a budget: the one in force for the others of the graph, else the one asked for."""
+        loose = [linear.router for linear in fresh if linear.router.state is None]
+        states = {id(s): s for s in (linear.router.state for linear in fresh) if s is not None}  # a checkpoint's
+        if loose:
+            states[0] = BudgetState(loose)
+        for state in states.values():
+            state.set(state.budget if budget is None else budget)
 
 
 def bound_inputs(linears: Sequence[MobiLinear]) -> list[Tensor]:
