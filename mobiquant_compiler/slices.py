@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import BadWeightShape, GroupTooLarge, NonFiniteWeight, UnsupportedDtype
+from mobiquant_compiler.grid import choose_grid
 from mobiquant_compiler.spec import SliceSpec
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK = 1 << 20  # weights worked on at a time: bounds the float64 working set to a few tens of MB
+_CHUNK = 1 << 17  # weights worked on at a time: the float64 working set stays in the cache and below ten MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +67,6 @@ def check_weight(weight: Tensor, spec: SliceSpec, where: str) -> None:
     if not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()
         raise NonFiniteWeight(where=where, count=int((~finite).sum()), row=row, column=column)
-
-
-def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 `value` >= 0 up to the next number that `dtype` holds."""
-    stored = value.to(dtype)
-    low = stored.double() < value
-    return torch.where(low, torch.nextafter(stored, torch.full_like(stored, torch.inf)), stored)
-
-
-def base_grid(weight: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Choose the base scale and zero point of each group so that its cells tile the group's range.
-
-    The cells are centred on the range (equal to floor-aligned cells where the arithmetic is exact). Both
-    numbers are rounded to the dtype they are stored in, and the scale is widened by what that rounding
-    can cost, so that no weight is clipped.
-
-    Shapes: weight [N, groups, G] float64; returns scale and zero [N, groups] in `dtype`.
-    """
-    low, high = weight.amin(-1), weight.amax(-1)
-    cells = 1 << bits
-    middle = (low + high) / 2
-    # A group of equal values has no range: give it a step that still resolves the value itself.
-    span = torch.maximum(high - low, middle.abs() / 1024)
-    ulp = torch.finfo(dtype).eps
-    widened = (span + 2 * ulp * middle.abs() + span * cells * ulp) / cells
-    floor = torch.finfo(dtype).tiny
-    scale = _round_up(widened.clamp_min(floor), dtype)
-    zero = ((cells - 1) / 2 - middle / scale.double()).to(dtype)
-    empty = (low == 0) & (high == 0)
-    return scale.masked_fill(empty, 0), zero.masked_fill(empty, 0)
 
 
 def _encode(weight: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec) -> tuple[Tensor, Tensor]:
@@ -158,10 +129,10 @@ def slice_weight(
 def _grid(grouped: Tensor, k: int, spec: SliceSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tail = k % spec.group
     if not tail:
-        return base_grid(grouped, spec.widths[0], dtype)
+        return choose_grid(grouped, spec, dtype)
     grouped = grouped.clone()
     grouped[:, -1, tail:] = grouped[:, -1, :1]  # repeat a real column where padding would be
-    return base_grid(grouped, spec.widths[0], dtype)
+    return choose_grid(grouped, spec, dtype)
 
 
 def reconstruct(
