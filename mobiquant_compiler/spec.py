@@ -28,6 +28,13 @@ class Activation(StrEnum):
     A8 = "a8"
 
 
+class Order(StrEnum):
+    """Order that quantized activations are written in, for the kernel that reads them."""
+
+    COLUMNS = "columns"  # column k at byte k
+    PLACES = "places"  # by place in a packed word: what one dot4 of the decode kernel takes lies together
+
+
 SLICE_WIDTHS = {Layout.SLICE_MAJOR: (1, 2, 4), Layout.BIT_MAJOR: (1, 2, 3, 4)}
 MAX_BITS = 8  # a combined code of all slices is one unsigned byte
 
@@ -132,6 +139,10 @@ class KernelSpec:
         block_n: BLOCK_N, output rows per tile.
         block_w: BLOCK_W, words or columns per step, whatever the family counts in.
         num_warps: Warps per program.
+        num_stages: Software pipeline stages of the loop over columns.
+        order: ORDER that quantized activations are written in.
+        sorted_rows: SORTED_ROWS, tokens are taken in the order of a permutation (grouped by slice count).
+        emulate: EMULATE, spell out the dot product of four bytes (the interpreter runs no inline assembly).
     """
 
     family: Family
@@ -145,6 +156,10 @@ class KernelSpec:
     block_n: int = 1
     block_w: int = 32
     num_warps: int = 4
+    num_stages: int = 1
+    order: Order = Order.COLUMNS
+    sorted_rows: bool = False
+    emulate: bool = False
 
     def __post_init__(self) -> None:
         SliceSpec(self.widths, self.group, self.layout)
@@ -154,14 +169,17 @@ class KernelSpec:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
+        if self.num_stages < 1:
+            raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
 
     @property
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        bias = "_bias" if self.has_bias else ""
-        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}"
-        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{bias}_{tile}"
+        flags = {"places": self.order is Order.PLACES, "sorted": self.sorted_rows, "bias": self.has_bias}
+        marks = "".join(f"_{mark}" for mark, present in {**flags, "emulated": self.emulate}.items() if present)
+        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}p{self.num_stages}"
+        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{marks}_{tile}"
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, for headers and reports."""

@@ -1,0 +1,161 @@
+"""Emitted kernels on disk and in memory: write the file, import it, hand out what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mobiquant_compiler.codegen import toolchain
+from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
+from mobiquant_compiler.codegen.specialise import fingerprint, specialise
+from mobiquant_compiler.config import RuntimeConfig
+from mobiquant_compiler.spec import KernelSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """A jitted kernel with what is needed to launch it.
+
+    Attributes:
+        spec: What it was made from.
+        path: The emitted file that runs.
+        function: The jitted function of that file.
+        parameters: Names of its parameters.
+        options: Compile options of the launch.
+    """
+
+    spec: KernelSpec
+    path: Path
+    function: Any
+    parameters: tuple[str, ...]
+    options: dict[str, Any]
+
+    def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Enqueue the kernel; arguments of parameters that specialisation dropped are left out."""
+        given = {name: arguments[name] for name in self.parameters}
+        self.function[grid](**given, **self.options)
+
+
+def cache_key(spec: KernelSpec) -> str:
+    """Return the hash of all that the emitted file and its behaviour depend on."""
+    fields = [f"{name}={value}" for name, value in spec.describe().items()]
+    return hashlib.sha256("\n".join([fingerprint(spec.family), *fields]).encode()).hexdigest()[:16]
+
+
+def emit(spec: KernelSpec, directory: Path | str | None = None) -> Path:
+    """Write the kernel's source and return its path; needs neither a GPU nor triton.
+
+    Args:
+        spec: The kernel.
+        directory: Where to; None is the cache, where the name carries the cache key.
+
+    Raises:
+        BadKernelSpec: the template refuses the spec.
+    """
+    text = specialise(spec)
+    if directory is not None:
+        return _write(Path(directory) / f"{spec.name}.py", text)
+    name = f"{spec.name}__{cache_key(spec)}.py"
+    try:
+        return _write(RuntimeConfig.from_env().cache_dir / "kernels" / name, text)
+    except OSError as error:
+        fallback = _private_directory()
+        log.warning("kernel cache cannot be written (%s); using %s for this process", error, fallback)
+        return _write(fallback / name, text)
+
+
+@lru_cache(maxsize=1)
+def _private_directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix="mobiquant-kernels-"))
+
+
+def _write(path: Path, text: str) -> Path:
+    """Make the file at `path` hold `text`, atomically: other processes see the old file, the new one, or none."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:32]}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"mobiquant_compiler_emitted.{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None, f"{path} is a Python file"
+    assert found.loader is not None, f"{path} is a Python file"
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # `inspect` looks functions' modules up there
+    found.loader.exec_module(module)
+    return module
+
+
+@cache
+def load(spec: KernelSpec) -> Kernel:
+    """Emit and import the kernel of `spec`, once per process.
+
+    Raises:
+        TritonMissing: triton cannot be imported.
+        BadKernelSpec: the template refuses the spec.
+    """
+    toolchain.triton()
+    path = emit(spec)
+    function = getattr(_import(path), str(spec.family))
+    parameters = tuple(function.arg_names)
+    return Kernel(spec, path, function, parameters, options(spec))
+
+
+def options(spec: KernelSpec) -> dict[str, Any]:
+    """Return the compile options of a kernel, the same for launches and for `compile_for`."""
+    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": toolchain.FP_FUSION}
+
+
+def compile_for(spec: KernelSpec, target_cc: int, dtypes: Dtypes | None = None) -> Any:
+    """Compile a kernel for any CUDA target, without a GPU.
+
+    Args:
+        spec: The kernel.
+        target_cc: Compute capability, as 90 for sm_90.
+        dtypes: Dtypes of activations and scales; bfloat16 and float16 by default.
+
+    Returns:
+        Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
+
+    Raises:
+        TritonMissing: triton cannot be imported.
+        BadKernelSpec: the template refuses the spec.
+    """
+    triton = toolchain.triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = load(spec)
+    dtypes = dtypes or Dtypes()
+    types = {name: parameter_type(name, spec.family, dtypes) for name in kernel.parameters}
+    source = ASTSource(kernel.function, types, attrs=_aligned(kernel.function, types))
+    return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=kernel.options)
+
+
+def _aligned(function: Any, types: dict[str, str]) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Say of the pointers that launches specialise on what holds of every allocation: 16-byte alignment."""
+    free: Iterable[str] = function.do_not_specialize or ()
+    names = [name for name, kind in types.items() if kind.startswith("*") and name not in free]
+    return {(list(types).index(name),): [["tt.divisibility", 16]] for name in names}
