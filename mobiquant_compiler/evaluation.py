@@ -66,8 +66,8 @@ def builtin_text(calibration: bool = False) -> str:
     """
     from pydoc_data.topics import topics
 
-    paragraphs = dict.fromkeys(p for name in sorted(topics) for p in topics[name].split("\n\n") if p.strip())
-    ordered = list(paragraphs)
+    paragraphs = (p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
+    ordered = [p for p in dict.fromkeys(paragraphs) if p.strip()]
     half = len(ordered) // 2
     return "\n\n".join(ordered[half:] if calibration else ordered[:half])
 

@@ -92,6 +92,7 @@ def stream(
     length = max(cache_length or 0, -(-needed // CACHE_STEP) * CACHE_STEP)
     cache = StaticCache(config=model.config, max_cache_len=length)
     ids, run = prompt.to(device), model
+    later = model if step_model is None else step_model  # no `or`: a compiled wrapper has no truth value
     for step in range(max_new_tokens):
         bits = schedule.at(step) if schedule else None
         if bits is not None:
@@ -102,7 +103,7 @@ def stream(
         if token in stop:
             return
         yield token
-        ids, run = torch.tensor([[token]], device=device), step_model or model
+        ids, run = torch.tensor([[token]], device=device), later
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

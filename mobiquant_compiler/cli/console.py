@@ -1,0 +1,145 @@
+"""What all commands share: output, progress bars, number parsing, and which errors are a user's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mobiquant_compiler.errors import BadOption, BudgetOutOfRange, MobiQuantError
+
+PIPE_WIDTH = 160  # columns of a table that no terminal limits
+Report = Callable[[str, int, int], None]
+
+
+def out() -> Console:
+    """Return the console of results (stdout); made anew, so that redirection is seen."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def err() -> Console:
+    """Return the console of everything else (stderr)."""
+    return Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Say something on stderr."""
+    err().print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Show bars on stderr; yields ``report(stage, done, total)``, which makes a bar a stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=err()) as display:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = display.add_task(stage, total=total)
+            display.update(bars[stage], completed=done, total=total)
+
+        yield report
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool, title: str = "") -> None:
+    """Print rows as JSON, whole, or as a table of chosen columns.
+
+    Args:
+        rows: Plain data.
+        columns: Heading by key; other keys appear in JSON alone.
+        as_json: Which.
+        title: Of the table.
+    """
+    if as_json:
+        show_json(list(rows))
+        return
+    table = Table(title=title or None, title_justify="left")
+    for number, (key, heading) in enumerate(columns.items()):
+        text = any(isinstance(row.get(key), str) for row in rows)
+        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in columns))
+    out().print(table)
+
+
+def show_json(value: Any) -> None:
+    """Print plain data as JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Read numbers separated by commas.
+
+    Raises:
+        BadOption: names the option.
+    """
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = []
+    if not values:
+        raise BadOption(
+            where="command line", name=option, got=text, wanted="numbers separated by commas, as in 8,4.5,3"
+        )
+    return values
+
+
+def positive(value: int, option: str) -> int:
+    """Return a count that must be at least 1.
+
+    Raises:
+        BadOption: names the option.
+    """
+    if value < 1:
+        raise BadOption(where="command line", name=option, got=value, wanted="at least 1")
+    return value
+
+
+def check_budgets(model: Any, budgets: Sequence[float]) -> None:
+    """Refuse a budget that the model cannot give before the first long computation.
+
+    Raises:
+        BudgetOutOfRange: names the range.
+        NotElastic: the model has no slices.
+    """
+    from mobiquant_compiler.budgets import get_budget, set_budget
+
+    before = get_budget(model)
+    try:
+        for bits in budgets:
+            set_budget(model, bits)
+    except BudgetOutOfRange as error:
+        raise BudgetOutOfRange(**error.fields | {"where": "--budgets"}) from None
+    finally:
+        set_budget(model, before)
+
+
+def user_error(error: BaseException) -> str | None:
+    """Return the one line that tells a user what to do, None for a fault of ours.
+
+    Compilers wrap what a backend raises: the cause counts.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MobiQuantError):
+            return " ".join(str(seen).split())
+        if isinstance(seen, OSError) and seen.filename is not None:
+            return f"{seen.filename}: {seen.strerror}"
+        seen = getattr(seen, "inner_exception", None) or seen.__cause__
+    return None

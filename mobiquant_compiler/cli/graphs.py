@@ -1,0 +1,131 @@
+"""`mobiquant dump`, `explain` and `passes`: what the compiler does to a model's graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mobiquant_compiler.cli.console import out, positive, progress, show, show_json
+from mobiquant_compiler.cli.loading import MODEL_HELP, load
+from mobiquant_compiler.errors import BadOption
+
+Passes = Annotated[
+    str | None, typer.Option("--passes", "-p", help="Passes to run, as 'a,b{option=1}'; all by default.")
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of the example input.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(dump)
+    app.command()(explain)
+    app.command()(passes)
+
+
+def dump(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Argument(help="New or empty directory.")],
+    passes: Passes = None,
+    tokens: Tokens = 16,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write every graph before and after each pass, what changed, and report.json."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        wanted = "a new or empty directory: stale graphs would mix with new ones"
+        raise BadOption(where="dump", name="OUTPUT", got=str(output), wanted=wanted)
+    reports = _reports(model, tokens, dtype, device, passes, {"dump": str(output)})
+    if as_json:
+        show_json([report.to_dict() for report in reports])
+        return
+    for report in reports:
+        files = sorted(p.relative_to(output).as_posix() for p in (output / report.graph).rglob("*") if p.is_file())
+        out().print(f"{report.graph}: {report.coverage}", markup=False, soft_wrap=True)
+        for name in files:
+            out().print(f"  {output / name}", markup=False, soft_wrap=True)
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    passes: Passes = None,
+    tokens: Tokens = 16,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say which linears become elastic, which do not and why, and what each pass did. Nothing is compiled."""
+    reports = _reports(model, tokens, dtype, device, passes, {})
+    if as_json:
+        show_json([report.to_dict() for report in reports])
+        return
+    for report in reports:
+        out().print(f"{report.graph}: {report.coverage}", markup=False, soft_wrap=True)
+        rows = [
+            {"name": p.name, "ms": p.ms, "rewritten": p.rewritten, "skipped": len(p.skipped)} for p in report.passes
+        ]
+        show(rows, {"name": "pass", "ms": "ms", "rewritten": "rewritten", "skipped": "skipped"}, as_json=False)
+        skips = [{"name": s.name, "reason": str(s.reason), "detail": s.detail or None} for s in report.coverage.skipped]
+        if skips:
+            show(skips, {"name": "left alone", "reason": "reason", "detail": "detail"}, as_json=False)
+        ops = sorted({*report.nodes_before, *report.nodes_after})
+        changed = [(op, report.nodes_before.get(op, 0), report.nodes_after.get(op, 0)) for op in ops]
+        counts = [{"op": op, "before": b, "after": a} for op, b, a in changed if b != a]
+        show(counts, {"op": "op", "before": "before", "after": "after"}, as_json=False)
+
+
+def _reports(
+    source: str, tokens: int, dtype: str | None, device: str, passes: str | None, options: dict[str, Any]
+) -> list[Any]:
+    """Run the pipeline over a model's graphs, Inductor left out."""
+    positive(tokens, "--tokens")
+    if passes is not None:
+        options["passes"] = _check_passes(passes)
+    import torch
+
+    from mobiquant_compiler.backend import dry_run
+
+    with progress() as report:
+        loaded = load(source, device, dtype, report)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=loaded.device)
+    cache = {"use_cache": False} if hasattr(loaded.model.config, "use_cache") else {}
+    return dry_run(loaded.model, ids, options=options, **cache)
+
+
+def _check_passes(text: str) -> tuple[str, ...]:
+    """Split and build the passes before a model is loaded, so that a wrong name costs nothing."""
+    from mobiquant_compiler.passes.registry import load_pass, split_pipeline
+
+    names = tuple(split_pipeline(text))
+    for name in names:
+        load_pass(name)
+    return names
+
+
+def passes(as_json: AsJson = False) -> None:
+    """List the passes: those of the default pipeline in order, then plugins."""
+    from mobiquant_compiler.passes.registry import DEFAULT_PIPELINE, load_pass, pass_names
+
+    rows = []
+    for name in sorted(pass_names(), key=lambda n: DEFAULT_PIPELINE.index(n) if n in DEFAULT_PIPELINE else 1000):
+        graph_pass: Any = load_pass(name)
+        options = {field.name: getattr(graph_pass, field.name) for field in dataclasses.fields(graph_pass)}
+        rows.append(
+            {
+                "name": name,
+                "step": DEFAULT_PIPELINE.index(name) + 1 if name in DEFAULT_PIPELINE else None,
+                "after": ", ".join(sorted(graph_pass.after)) or None,
+                "options": ", ".join(f"{key}={value}" for key, value in options.items()) or None,
+                "about": (inspect.getdoc(type(graph_pass)) or "").partition("\n")[0],
+                "class": f"{type(graph_pass).__module__}:{type(graph_pass).__qualname__}",
+            }
+        )
+    columns = {"name": "pass", "step": "step", "after": "after", "options": "options", "about": "what it does"}
+    show(rows, columns, as_json=as_json)

@@ -1,0 +1,74 @@
+"""From a command's arguments to a model on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mobiquant_compiler.cli.console import Report
+from mobiquant_compiler.errors import BadOption
+
+MODEL_HELP = "A Hugging Face directory, a mobiquant checkpoint, or 'smollm2'."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and where it is."""
+
+    model: Any
+    tokenizer: Any
+    device: Any
+
+    def need_tokenizer(self, source: str) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            ModelMissing: the directory holds none.
+        """
+        from mobiquant_compiler.errors import ModelMissing
+
+        if self.tokenizer is None:
+            raise ModelMissing(path=source, what="the directory has no tokenizer")
+        return self.tokenizer
+
+
+def pick_device(name: str) -> Any:
+    """Return the torch device: "auto" is CUDA where there is one.
+
+    Raises:
+        BadOption: unknown, or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadOption(where="command line", name="--device", got=name, wanted="auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise BadOption(where="command line", name="--device", got=name, wanted="a device of this machine")
+    return device
+
+
+def load(source: str, device: str, dtype: str | None, report: Report | None = None) -> Loaded:
+    """Load a model for a command."""
+    from mobiquant_compiler.models import load_model, parse_dtype
+
+    where = pick_device(device)
+    model, tokenizer = load_model(source, dtype=parse_dtype(dtype) if dtype else None, device=where, progress=report)
+    return Loaded(model, tokenizer, where)
+
+
+def text_windows(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
+    """Return the windows of a text for this model's tokenizer."""
+    from mobiquant_compiler.evaluation import load_text, make_windows
+
+    return make_windows(loaded.need_tokenizer(source), load_text(text), windows, length, where=text)
+
+
+def compiled(model: Any) -> Any:
+    """Compile a model with our backend, for sequences of any length."""
+    import torch
+
+    return torch.compile(model, backend="mobiquant", dynamic=True)

@@ -1,0 +1,141 @@
+"""`mobiquant quantize` and `mobiquant inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json
+from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, text_windows
+from mobiquant_compiler.errors import BadOption
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(quantize)
+    app.command()(inspect)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Argument(help="Directory of the checkpoint: new, empty, or an older checkpoint.")],
+    widths: Annotated[str, typer.Option(help="Bits of each slice, the base first.")] = "2,2,2,2",
+    group: Annotated[str, typer.Option(help="auto, 128, 64 or 32 columns a scale.")] = "auto",
+    layout: Annotated[str, typer.Option(help="slice_major or bit_major.")] = "slice_major",
+    scope: Annotated[str, typer.Option(help="A router per distinct 'input' or per 'linear'.")] = "input",
+    include: Annotated[list[str] | None, typer.Option(help="Name pattern of linears to quantize; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of linears left alone; repeatable.")] = None,
+    floor: Annotated[list[str] | None, typer.Option(help="PATTERN=COUNT, least slices; repeatable.")] = None,
+    ceiling: Annotated[list[str] | None, typer.Option(help="PATTERN=COUNT, most slices; repeatable.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text for the router: a file, 'pydoc-calibration' (ships with Python), or 'none'.")
+    ] = "pydoc-calibration",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    budget: Annotated[float | None, typer.Option(help="Bits to start with; all slices by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    strict: Annotated[bool, typer.Option(help="Make a layer that is left alone an error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the coverage as JSON.")] = False,
+) -> None:
+    """Turn a model's linear layers into slices and save the checkpoint."""
+    config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
+    import mobiquant_compiler as mq
+    from mobiquant_compiler.checkpoint import save
+
+    with progress() as report:
+        loaded = load(model, device, dtype, report)
+        tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
+        coverage = mq.quantize_(loaded.model, config, calibration=tokens, budget=budget, strict=strict, progress=report)
+    where = save(loaded.model, output, tokenizer=loaded.tokenizer)
+    if as_json:
+        show_json({"checkpoint": str(where), **coverage.to_dict()})
+        return
+    note(str(coverage))
+    out().print(f"saved {where}", markup=False, soft_wrap=True)
+
+
+def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
+    return text_windows(loaded, source, text, positive(windows, "--windows"), positive(length, "--length"))
+
+
+def _config(
+    widths: str,
+    group: str,
+    layout: str,
+    scope: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    floor: list[str] | None,
+    ceiling: list[str] | None,
+) -> Any:
+    """Build the SliceConfig, before anything is loaded: mistakes cost nothing."""
+    from mobiquant_compiler.config import SliceConfig
+
+    values: dict[str, Any] = {"layout": layout, "scope": scope, "group": _group(group), "widths": _widths(widths)}
+    if include:
+        values["include"] = tuple(include)
+    if exclude:
+        values["exclude"] = tuple(exclude)
+    return SliceConfig(**values, floor=_counts(floor, "--floor"), ceiling=_counts(ceiling, "--ceiling"))
+
+
+def _group(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        wanted = "whole numbers separated by commas, as in 2,2,2,2"
+        raise BadOption(where="command line", name="--widths", got=text, wanted=wanted) from None
+
+
+def _counts(entries: list[str] | None, option: str) -> dict[str, int]:
+    counts = {}
+    for entry in entries or []:
+        pattern, equals, count = entry.rpartition("=")
+        if not equals or not count.isdigit():
+            wanted = "PATTERN=COUNT, as in '*.down_proj=2'"
+            raise BadOption(where="command line", name=option, got=entry, wanted=wanted)
+        counts[pattern] = int(count)
+    return counts
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A mobiquant checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a checkpoint holds: layers, slices, bytes, routers, budgets. Reads no weights but scales."""
+    from mobiquant_compiler.checkpoint.summary import summarize
+
+    summary = summarize(checkpoint)
+    if as_json:
+        show_json(summary)
+        return
+    columns = {
+        "name": "linear",
+        "shape": "N x K",
+        "widths": "slices",
+        "group": "group",
+        "layout": "layout",
+        "bytes": "bytes",
+        "scale": "scale range",
+        "router": "router",
+        "counts": "slices used",
+    }
+    show(summary["linears"], columns, as_json=False, title=str(checkpoint))
+    totals = summary["totals"]
+    budgets = "; ".join(
+        f"budget {s['budget']:g} of {s['low']:g} to {s['high']:g} bits ({s['table']} table, {s['routers']} routers)"
+        for s in summary["states"]
+    )
+    text = (
+        f"{totals['linears']} linears, {totals['parameters'] / 1e6:.1f} M weights in {totals['bytes'] / 1e6:.1f} MB "
+        f"({totals['bits_per_weight']:.2f} bits each with scales); other tensors {totals['other_bytes'] / 1e6:.1f} MB\n"
+        f"format {summary['format_version']}; {budgets}"
+    )
+    out().print(text, markup=False, soft_wrap=True)
