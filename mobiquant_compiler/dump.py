@@ -65,16 +65,17 @@ def render(gm: GraphModule) -> str:
 def _line(node: Node, symbols: dict[str, str]) -> str:
     value = _describe(value_of(node), symbols)
     origin = node.meta.get(ORIGIN)
+    name = _symbolic(node.name, symbols)  # sizes are inputs named after their symbols
     made = f"  # from {origin[0]} by {origin[-1]}" if origin and len(origin) > 1 else ""
     if node.op == "placeholder":
-        return f"%{node.name}: {value} = input"
+        return f"%{name}: {value} = input"
     if node.op == "output":
         return f"return {_argument(node.args[0], symbols)}"
     if node.op == "get_attr":
-        return f"%{node.name}: {value} = self.{node.target}"
+        return f"%{name}: {value} = self.{node.target}"
     args = [_argument(a, symbols) for a in node.args]
     args += [f"{key}={_argument(a, symbols)}" for key, a in node.kwargs.items()]
-    return f"%{node.name}: {value} = {_target(node)}({', '.join(args)}){made}"
+    return f"%{name}: {value} = {_target(node)}({', '.join(args)}){made}"
 
 
 def _target(node: Node) -> str:
@@ -86,7 +87,7 @@ def _target(node: Node) -> str:
 
 def _argument(value: Any, symbols: dict[str, str]) -> str:
     if isinstance(value, Node):
-        return f"%{value.name}"
+        return f"%{_symbolic(value.name, symbols)}"
     if isinstance(value, list | tuple):
         inner = ", ".join(_argument(v, symbols) for v in value)
         return f"[{inner}]"

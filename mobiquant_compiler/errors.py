@@ -19,12 +19,15 @@ class MobiQuantError(Exception):
         super().__init__(self.message.format(**fields))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by fields: compile workers raise across processes."""
-        return _rebuild, (type(self), self.fields, getattr(self, "__notes__", []))
+        """Pickle the finished text: compile workers raise across processes, and not every field can follow."""
+        plain = {k: v if isinstance(v, str | int | float | None) else str(v) for k, v in self.fields.items()}
+        return _rebuild, (type(self), str(self), plain, getattr(self, "__notes__", []))
 
 
-def _rebuild(cls: type[MobiQuantError], fields: dict[str, Any], notes: list[str]) -> MobiQuantError:
-    error = cls(**fields)
+def _rebuild(cls: type[MobiQuantError], text: str, fields: dict[str, Any], notes: list[str]) -> MobiQuantError:
+    error = cls.__new__(cls, text)
+    error.fields = fields
+    Exception.__init__(error, text)
     for note in notes:
         error.add_note(note)
     return error

@@ -47,7 +47,7 @@ class BindSlices:
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         """Bind every linear whose weight is a parameter; the others are skipped with a reason."""
         already = [node for node in gm.graph.nodes if node.target is OPS.elastic_linear.default]
-        ctx.rewritten += [layer_name(node) for node in already]
+        ctx.rewritten[:] = [layer_name(node) for node in already]
         inputs = {node: index for index, node in enumerate(placeholders(gm))}
         skipped: list[Skip] = []
         bound: dict[tuple[Node, bool], dict[str, Node]] = {}

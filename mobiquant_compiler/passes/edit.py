@@ -145,6 +145,22 @@ def placeholders(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
+_INPLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior", "ixor", "setitem"}
+
+
+def mutates(node: Node) -> bool:
+    """Say whether a call may write to its arguments; our own ops write to histograms only and do not count."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable) and not schema.name.startswith("mobiquant::")
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _INPLACE or (name.endswith("_") and not name.endswith("__"))
+
+
 def output_values(gm: GraphModule) -> list[tuple[str, Any]]:
     """Describe the graph's outputs for comparison: name-free, shape and dtype as text."""
     node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")

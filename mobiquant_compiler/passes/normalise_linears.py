@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mobiquant_compiler.passes.base import PassContext, PassResult
-from mobiquant_compiler.passes.edit import erase_unused, replace, splice, value_of
+from mobiquant_compiler.passes.edit import erase_unused, placeholders, replace, splice, value_of
 
 LINEAR = torch._C._nn.linear
 _MATMULS = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
@@ -42,13 +42,15 @@ class NormaliseLinears:
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite in place; calls whose right operand is not a parameter are not linears and are left silently."""
         rewritten = 0
+        inputs = enumerate(placeholders(gm))
+        parameters = {node for index, node in inputs if isinstance(ctx.example(index), nn.Parameter)}
         for node in list(gm.graph.nodes):
             if node.op not in ("call_function", "call_method"):
                 continue
             if node.target in _ADDMMS:
-                rewritten += _rewrite_addmm(gm, node)
+                rewritten += _rewrite_addmm(gm, node, parameters)
             elif node.target in _MATMULS:
-                rewritten += _rewrite_matmul(gm, node)
+                rewritten += _rewrite_matmul(gm, node, parameters)
         return PassResult(rewritten)
 
 
@@ -91,22 +93,22 @@ def _is_vector_parameter(node: object, size: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == size
 
 
-def _rewrite_addmm(gm: GraphModule, node: Node) -> int:
+def _rewrite_addmm(gm: GraphModule, node: Node, parameters: set[Node]) -> int:
     bias, x, weight = node.args[:3]
     found = parameter_of(weight)
     scaled = len(node.args) > 3 or any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta"))
-    if found is None or scaled or not _is_vector_parameter(bias, value_of(node).shape[-1]):
+    if found is None or found[0] not in parameters or scaled or not _is_vector_parameter(bias, value_of(node).shape[-1]):
         return 0
-    _put_linear(gm, node, x, found, bias)
+    _put_linear(gm, node, x, found, bias, node)
     return 1
 
 
-def _rewrite_matmul(gm: GraphModule, node: Node) -> int:
+def _rewrite_matmul(gm: GraphModule, node: Node, parameters: set[Node]) -> int:
     if len(node.args) != 2 or node.kwargs:
         return 0
     x, weight = node.args
     found = parameter_of(weight)
-    if found is None or not isinstance(x, Node) or value_of(x).dim() < 2:
+    if found is None or found[0] not in parameters or not isinstance(x, Node) or value_of(x).dim() < 2:
         return 0
     last, bias = node, None
     user = next(iter(node.users)) if len(node.users) == 1 else None
@@ -114,14 +116,19 @@ def _rewrite_matmul(gm: GraphModule, node: Node) -> int:
         other = user.args[1] if user.args[0] is node else user.args[0]
         if _is_vector_parameter(other, value_of(node).shape[-1]):
             last, bias = user, other
-    _put_linear(gm, last, x, found, bias)
-    erase_unused([node] if last is not node else [])
+    _put_linear(gm, node, x, found, bias, last)
     return 1
 
 
-def _put_linear(gm: GraphModule, node: Node, x: object, weight: tuple[Node, bool], bias: object) -> None:
-    """Replace `node` by the canonical call; a right operand [K, N] is the transpose of a linear's weight."""
+def _put_linear(
+    gm: GraphModule, node: Node, x: object, weight: tuple[Node, bool], bias: object, last: Node
+) -> None:
+    """Replace `last` by the canonical call; a right operand [K, N] is the transpose of a linear's weight.
+
+    The call stands where the product `node` stood: what comes between it and `last` may write to its input.
+    """
     placeholder, transposed = weight
     with splice(gm, before=node, origin=NormaliseLinears.name) as at:
         matrix = placeholder if transposed else at(torch.t, placeholder)
-        replace(node, at(LINEAR, x, matrix, bias))
+        replace(last, at(LINEAR, x, matrix, bias))
+    erase_unused([node] if last is not node else [])

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import PassContext, PassResult
-from mobiquant_compiler.passes.edit import replace, splice
+from mobiquant_compiler.passes.edit import mutates, replace, splice
 
 ROUTER_ARGS = 6  # x, router, thresholds, hist, mask, kind
 
@@ -39,9 +39,11 @@ class ShareRouting:
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite every group of at least `min_linears`."""
         groups: dict[tuple[Any, ...], list[Node]] = {}
+        writes = 0  # an input written to between two linears is not the same input
         for node in gm.graph.nodes:
+            writes += mutates(node)
             if node.target is OPS.elastic_linear.default:
-                groups.setdefault(_key(node), []).append(node)
+                groups.setdefault((writes, *_key(node)), []).append(node)
         rewritten = 0
         for members in groups.values():
             if len(members) >= self.min_linears:

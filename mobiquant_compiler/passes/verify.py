@@ -30,7 +30,10 @@ def verify(gm: GraphModule, inputs: list[str], outputs: list[tuple[str, Any]], a
     Raises:
         VerifyError: names the node and what is wrong.
     """
-    gm.graph.lint()
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(name=after, what="invalid graph", node="?", got=error, wanted="a graph that lints") from error
     names = [node.name for node in placeholders(gm)]
     if names[: len(inputs)] != inputs:
         raise VerifyError(name=after, what="original inputs moved", node=names[:1], got=names, wanted=inputs)

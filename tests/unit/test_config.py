@@ -51,7 +51,9 @@ def test_three_bits_exist_in_bit_major_only():
         SliceSpec((2,), 16)
 
 
-@pytest.mark.parametrize(("k", "group"), [(4096, 128), (576, 64), (1536, 128), (96, 32), (100, 128), (33, 64), (32, 32)])
+@pytest.mark.parametrize(
+    ("k", "group"), [(4096, 128), (576, 64), (1536, 128), (96, 32), (100, 128), (33, 64), (32, 32)]
+)
 def test_automatic_group_divides_or_pads_least(k, group):
     assert choose_group(k) == group
     assert SliceConfig().spec_for(k).group == group

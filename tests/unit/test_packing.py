@@ -71,9 +71,7 @@ def test_layouts_agree(spec, seed):
         assert torch.equal(unpack(pack(codes, spec), spec, count), unpack(pack(codes, other), other, count))
 
 
-@given(
-    spec=st.one_of(specs(Layout.SLICE_MAJOR, one_width=True), specs(Layout.BIT_MAJOR)), seed=st.integers(0, 1 << 30)
-)
+@given(spec=st.one_of(specs(Layout.SLICE_MAJOR, one_width=True), specs(Layout.BIT_MAJOR)), seed=st.integers(0, 1 << 30))
 def test_interleaved_order_is_the_same_for_codes_and_activations(spec, seed):
     codes = codes_for(spec, 3, 2, seed)
     x = torch.randint(-9, 9, (4, codes.shape[1])).double()  # integers: sums are exact in any order

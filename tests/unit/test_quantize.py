@@ -105,7 +105,9 @@ def test_a_bad_weight_leaves_the_model_untouched(bad):
     with pytest.raises(NonFiniteWeight, match=r"layers\.1\.down_proj: weight has 1 non-finite"):
         mq.quantize_(model)
     assert not elastic_linears(model)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), model.state_dict().values()))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), model.state_dict().values())
+    )
 
 
 def test_nothing_to_quantize_says_why():
