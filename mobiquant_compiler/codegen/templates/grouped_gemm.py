@@ -147,8 +147,8 @@ def grouped_gemm(
     ``rows[m BLOCK_M : (m + 1) BLOCK_M]`` of a permutation that groups equal counts; results go to the tokens' own rows.
 
     Shapes: high, low int8 [T, K_PADDED] in column order; step float32 and total int32 [T, K_PADDED / GROUP]; counts
-        int32 [T]; rows int64 [T]; slices int32 [total_bits, N, K_PADDED / 32]; scale, zero [N, K_PADDED / GROUP]; bias [N];
-        y [T, N], written. Grid: (T / BLOCK_M, N / BLOCK_N).
+        int32 [T]; rows int64 [T]; slices int32 [total_bits, N, K_PADDED / 32]; scale, zero [N, K_PADDED / GROUP];
+        bias [N]; y [T, N], written. Grid: (T / BLOCK_M, N / BLOCK_N).
     Numerics: dot products of a group are exact int32; groups are summed in float32 in order, so that a token's result
         does not depend on the tokens it shares a tile with.
     Source: design section 7; codes of several slices are one integer, design section 3.
