@@ -1,6 +1,6 @@
 """Perplexity of one packed, data-free model at a list of budgets, compiled by the backend.
 
-    python benchmarks/bench_quality.py --model smollm2 --data DIR            # benchmarks/results/cpu/quality_datafree.json
+    python benchmarks/bench_quality.py --data DIR        # benchmarks/results/cpu/quality_datafree.json
 
 DIR holds ``wikitext2/``, ``ptb/`` and ``c4/``. Slices come from the weights alone; the calibration text (WikiText-2's
 train head) serves the router: one gradient pass for sensitivities, a few forward passes for the budget table. The
@@ -54,7 +54,14 @@ def measure_text(
 ) -> list[dict[str, Any]]:
     """Return the rows of one text, the unquantized model's first."""
     rows: list[dict[str, Any]] = [
-        {"model": name, "text": text, "budget": None, "achieved_bits": None, "perplexity": reference, "method": "unquantized"}
+        {
+            "model": name,
+            "text": text,
+            "budget": None,
+            "achieved_bits": None,
+            "perplexity": reference,
+            "method": "unquantized",
+        }
     ]
     for row in evaluate(model, windows, budgets, batch=4):
         rows.append(
@@ -67,7 +74,10 @@ def measure_text(
                 "method": METHOD,
             }
         )
-        print(f"{text} {row.budget:g} bits: {row.perplexity:.3f} at {row.achieved_bits:.3f}, {row.seconds:.0f} s", flush=True)
+        print(
+            f"{text} {row.budget:g} bits: {row.perplexity:.3f} at {row.achieved_bits:.3f}, {row.seconds:.0f} s",
+            flush=True,
+        )
     return rows
 
 
@@ -77,7 +87,8 @@ def main() -> None:
     model, tokenizer = load_model(args.model, dtype=torch.float32)
     model.to(args.device).eval()
     windows = {
-        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text) for text in args.texts
+        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
+        for text in args.texts
     }
     references = {text: perplexity(model, ids, batch=4) for text, ids in windows.items()}
     print({text: round(value, 3) for text, value in references.items()}, flush=True)
@@ -100,7 +111,8 @@ def main() -> None:
         out,
         rows,
         args.device,
-        protocol=f"{args.windows} windows of 512 tokens, 511 scored, no BOS, fp32; reference is the dequantized Q4_1 model",
+        protocol=f"{args.windows} windows of 512 tokens, 511 scored, no BOS, fp32",
+        reference="the dequantized Q4_1 model, not the original bf16 one",
         config=config.to_dict(),
         calibration=f"{CALIBRATION}, {args.calibration_windows} windows of 512",
         quantize_seconds=round(quantize_seconds, 1),

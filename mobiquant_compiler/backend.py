@@ -1,4 +1,4 @@
-"""The backend: ``torch.compile(model, backend="mobiquant")``, found by entry point. The whole pipeline, top to bottom."""
+"""The backend of ``torch.compile(model, backend="mobiquant")``, found by entry point: the pipeline, top to bottom."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def mobiquant(
     return compile_graph(gm, example_inputs, config, lambda graph, inputs: _inductor(graph, inputs, mode, config))
 
 
-def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], config: CompileConfig, finish: Finish
-) -> Compiled:
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: CompileConfig, finish: Finish) -> Compiled:
     """Run the pipeline on a graph and hand it to `finish`; what is returned takes the graph's original inputs."""
     graph = f"graph-{next(_NUMBERS)}"
     folder = Path(config.dump) / graph if config.dump else None
@@ -94,7 +92,8 @@ def _inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None, config: 
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-    return compile_fx(gm, list(inputs), config_patches=patches | dict(config.inductor))
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches | dict(config.inductor))
+    return compiled
 
 
 def _bound_graph(ctx: PassContext) -> BoundGraph | None:
@@ -140,9 +139,7 @@ def _check_strict(config: CompileConfig, report: GraphReport) -> None:
         raise StrictSkip(count=len(skips), graph=report.graph, skips="; ".join(map(str, skips)))
 
 
-def dry_run(
-    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
-) -> list[GraphReport]:
+def dry_run(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> list[GraphReport]:
     """Run the pipeline on every graph of a model without Inductor: what would be rewritten, and what not.
 
     Args:

@@ -97,8 +97,10 @@ def sensitivities(
 
         return hook
 
-    with _frozen(model), torch.enable_grad(), _hooks(
-        [module.register_forward_hook(watch(name)) for name, module in linears.items()]
+    with (
+        _frozen(model),
+        torch.enable_grad(),
+        _hooks([module.register_forward_hook(watch(name)) for name, module in linears.items()]),
     ):
         for step, window in enumerate(tokens):
             window = window.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""What users may set: `SliceConfig` for weights, `CompileConfig` for the backend. The only reader of the environment."""
+"""What users may set: `SliceConfig` for weights, `CompileConfig` for the backend; the only reader of the environment."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class SliceConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""
         plain = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "SliceConfig") -> SliceConfig:
@@ -98,7 +100,8 @@ class SliceConfig:
             UnknownOption: a key that is not a field.
         """
         check_keys(values, cls, where)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,29 +127,28 @@ class CompileConfig:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        where = "backend 'mobiquant'"
-        if self.budget is not None and not (is_number(self.budget) and self.budget > 0):
-            raise BadOption(where=where, name="budget", got=self.budget, wanted="a number of bits above 0")
-        if not isinstance(self.strict, bool):
-            raise BadOption(where=where, name="strict", got=self.strict, wanted="True or False")
-        for name in ("checkpoint", "dump"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
-                raise BadOption(where=where, name=name, got=value, wanted="a directory")
-        if self.checkpoint is not None and not Path(self.checkpoint).is_dir():
-            raise BadOption(where=where, name="checkpoint", got=str(self.checkpoint), wanted="an existing directory")
         if isinstance(self.slices, Mapping):
             object.__setattr__(self, "slices", SliceConfig.from_dict(self.slices, where="options['slices']"))
-        if not isinstance(self.slices, SliceConfig):
-            raise BadOption(where=where, name="slices", got=self.slices, wanted="a SliceConfig or its fields")
-        if not isinstance(self.inductor, Mapping):
-            raise BadOption(where=where, name="inductor", got=self.inductor, wanted="a mapping of Inductor's options")
-        if not isinstance(self.passes, str | Sequence | None):
-            raise BadOption(where=where, name="passes", got=self.passes, wanted="names of passes")
         if isinstance(self.passes, str):
             object.__setattr__(self, "passes", (self.passes,))
-        elif self.passes is not None:
+        elif isinstance(self.passes, Sequence):
             object.__setattr__(self, "passes", tuple(self.passes))
+        paths = (self.checkpoint, self.dump)
+        checks = (
+            ("budget", self.budget is None or (is_number(self.budget) and self.budget > 0), "a number of bits above 0"),
+            ("strict", isinstance(self.strict, bool), "True or False"),
+            ("slices", isinstance(self.slices, SliceConfig), "a SliceConfig or its fields"),
+            ("passes", self.passes is None or _are_names(self.passes), "names of passes"),
+            ("inductor", isinstance(self.inductor, Mapping), "a dict of Inductor options"),
+            ("checkpoint", paths[0] is None or isinstance(paths[0], str | os.PathLike), "a directory"),
+            ("dump", paths[1] is None or isinstance(paths[1], str | os.PathLike), "a directory"),
+        )
+        for name, legal, wanted in checks:
+            if not legal:
+                raise BadOption(where="backend 'mobiquant'", name=name, got=getattr(self, name), wanted=wanted)
+        if self.checkpoint is not None and not Path(self.checkpoint).is_dir():
+            wanted = "an existing directory"
+            raise BadOption(where="backend 'mobiquant'", name="checkpoint", got=str(self.checkpoint), wanted=wanted)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> CompileConfig:
@@ -200,6 +202,10 @@ class RuntimeConfig:
 def is_number(value: object) -> bool:
     """Say whether a value is a real number, NumPy's included; booleans are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

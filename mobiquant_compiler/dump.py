@@ -107,6 +107,7 @@ def _describe(value: Any, symbols: dict[str, str]) -> str:
 
 def _symbolic(text: str, symbols: dict[str, str]) -> str:
     """Rename ``s77``-like symbols: their numbers come from the user's variable names."""
+
     def rename(match: re.Match[str]) -> str:
         return symbols.setdefault(match.group(0), f"s_{len(symbols)}")
 

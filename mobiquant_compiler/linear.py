@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ MASK_CAPACITY = 65536  # tokens of one call that padding can be told apart in
 class _KeepsDtype(nn.Module):
     """A module whose buffers follow device moves but not dtype casts: packed data has the dtypes it was made with."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # type: ignore[override]
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -206,7 +206,7 @@ class MobiLinear(_KeepsDtype):
         """Bytes of slices, scales and zero points."""
         return sum(t.numel() * t.element_size() for t in (self.slices, self.scale, self.zero))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # type: ignore[override]
         like = self.weight_like
         super()._apply(fn, recurse)
         self._buffers["weight_like"] = fn(like)  # the one buffer that follows casts: it tells the model's dtype

@@ -25,7 +25,7 @@ from mobiquant_compiler.report import Coverage, Skip, SkipReason
 from mobiquant_compiler.runtime.budget import BudgetState
 from mobiquant_compiler.slices import WEIGHT_DTYPES, check_weight
 
-ANCHORS = (2.5, 3.0, 4.0, 5.0, 6.5)  # budgets at which scores are measured, for a range of 2 to 8 bits
+ANCHORS = (2.5, 3.0, 4.0, 5.0, 6.0, 7.0)  # budgets at which scores are measured, for a range of 2 to 8 bits
 
 TABLE_WINDOWS = 4  # windows that scores are measured on: two thousand tokens fix a quantile well enough
 
@@ -226,11 +226,11 @@ def _share_routers(
     for group in groups:
         members: list[Any] = [model.get_submodule(name) for name in group]
         params = sum(m.in_features * m.out_features for m in members)
-        energy = sum(
+        energies = [
             column_energy(m.scale, m.spec, m.in_features, sensitivity.get(name))
             for name, m in zip(group, members, strict=True)
-        )
-        router = Router(energy / params, members[0].spec.widths, members[0].router.token_mask)
+        ]
+        router = Router(torch.stack(energies).sum(0) / params, members[0].spec.widths, members[0].router.token_mask)
         router.params = params
         router.floor, router.ceiling = _group_limits(group, config)
         for member in members:

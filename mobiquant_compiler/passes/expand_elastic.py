@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -44,7 +44,8 @@ class ExpandElastic:
             if node.target is OPS.elastic_linear.default:
                 _expand(gm, node, None, gathers)
             elif node.target is OPS.routed_linear.default:
-                _expand(gm, node, node.args[1], gathers)
+                counts: Any = node.args[1]
+                _expand(gm, node, counts, gathers)
             else:
                 continue
             rewritten += 1
@@ -54,15 +55,16 @@ class ExpandElastic:
 def _expand(
     gm: GraphModule, node: Node, counts: Node | None, gathers: dict[tuple[Node, Node], tuple[Node, Node, Node]]
 ) -> None:
-    x = node.args[0]
-    weight = node.args[ROUTER_ARGS if counts is None else 2 :]
+    args: tuple[Any, ...] = node.args
+    x = args[0]
+    weight = args[ROUTER_ARGS if counts is None else 2 :]
     widths = weight[4]
     with splice(gm, before=node, origin=ExpandElastic.name) as at:
-        if counts is None:
-            counts = at(OPS.route.default, *node.args[:ROUTER_ARGS])
+        counts = counts if counts is not None else at(OPS.route.default, *args[:ROUTER_ARGS])
         if (x, counts) not in gathers:
             gathered = at(OPS.gather.default, x, counts, len(widths))
-            gathers[x, counts] = tuple(at(operator.getitem, gathered, i) for i in range(3))  # type: ignore[assignment]
+            parts = [at(operator.getitem, gathered, i) for i in range(3)]
+            gathers[x, counts] = (parts[0], parts[1], parts[2])
         rows, offsets, grouped = gathers[x, counts]
         product = at(OPS.slice_gemm.default, grouped, offsets, *weight)
         replace(node, at(OPS.scatter.default, product, rows, counts))

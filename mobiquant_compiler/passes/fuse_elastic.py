@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -62,7 +62,8 @@ def _match(scatter: Node) -> _Chain | None:
     """Return the chain that ends in `scatter`, None where it is not one."""
     if scatter.target is not OPS.scatter.default:
         return None
-    product, rows, counts = scatter.args
+    args: tuple[Any, ...] = scatter.args
+    product, rows, counts = args
     if product.target is not OPS.slice_gemm.default or len(product.users) != 1:
         return None
     grouped, offsets = product.args[:2]

@@ -53,7 +53,8 @@ class ShareRouting:
 
 
 def _key(node: Node) -> tuple[Any, ...]:
-    x, router, *rest = node.args[:ROUTER_ARGS]
+    args: tuple[Any, ...] = node.args
+    x, router, *rest = args[:ROUTER_ARGS]
     return (x, tuple(router), *rest)
 
 

@@ -12,7 +12,7 @@ from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.edit import output_values, placeholders, value_of
 
 # Values only have a meaning inside their op family: a pass that leaves one for somebody else stopped half way.
-_CONSUMERS = {
+_CONSUMERS: dict[object, tuple[object, ...]] = {
     OPS.gather.default: (torch.ops.mobiquant.slice_gemm.default, torch.ops.mobiquant.scatter.default),
     OPS.slice_gemm.default: (torch.ops.mobiquant.scatter.default,),
 }

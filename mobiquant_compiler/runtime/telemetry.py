@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import MaskTooLong
@@ -92,5 +91,3 @@ def masked(linears: Mapping[str, MobiLinear], mask: Tensor) -> Iterator[None]:
 def _token_masks(linears: Mapping[str, MobiLinear]) -> list[TokenMask]:
     masks = {id(r.token_mask): r.token_mask for r in routers_of(linears)}
     return list(masks.values())
-
-
