@@ -1,4 +1,4 @@
-"""What users may set: `SliceConfig` for weights, `CompileConfig` for the backend; the only reader of the environment."""
+"""What users may set: `SliceConfig` for weights, `CompileConfig` for the backend; only here the environment is read."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from mobiquant_compiler.errors import (
     StrictSkip,
 )
 from mobiquant_compiler.linear import MobiLinear, elastic_linears
+from mobiquant_compiler.quantize import ANCHORS
 from mobiquant_compiler.report import Skip, SkipReason
 from tests.memory import PeakMemory, model_bytes
 from tests.models_tiny import tiny_lm, tiny_mixtral, tokens
@@ -220,7 +221,7 @@ def test_progress_counts_to_the_end():
     seen = []
     mq.quantize_(tiny_lm(1), calibration=tokens(2, 8), progress=lambda *event: seen.append(event))
     last = {stage: (done, total) for stage, done, total in seen}
-    assert last == {"sensitivity": (2, 2), "slices": (7, 7), "budget table": (5, 5)}
+    assert last == {"sensitivity": (2, 2), "slices": (7, 7), "budget table": (len(ANCHORS),) * 2}
 
 
 def test_models_quantized_under_inference_mode_can_be_used_outside():
