@@ -50,9 +50,12 @@ lint: $(READY)  ## ruff, types, sizes, wording
 	$(PY) -m ruff format --check .
 	$(PY) -m pyrefly check --python-interpreter-path $(PY)
 	$(PY) scripts/check_style.py
+	$(PY) scripts/readme_tables.py --check
 
-bench: $(MODEL)  ## write the JSON under benchmarks/results, then the README's tables
-	$(PY) -m benchmarks
+bench: $(MODEL)  ## measure, write benchmarks/results, redraw the README; DATA=dir adds the quality rows
+	$(PY) benchmarks/bench_dispatch.py
+	$(PY) benchmarks/bench_speed.py
+	$(if $(DATA),$(PY) benchmarks/bench_quality.py --data $(DATA) --texts wikitext2 ptb c4)
 	$(PY) scripts/readme_tables.py
 
 readme: $(READY)  ## draw the README's tables from benchmarks/results

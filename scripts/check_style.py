@@ -1,6 +1,7 @@
-"""Check what ruff does not: sizes, names, layering, and strings that belong to one machine only.
+"""Check what ruff does not: sizes, file names, and strings that belong to one machine only.
 
-Prints one line a finding and exits 1 if there is any. `tests/meta/test_style.py` runs the same functions.
+Prints one line a finding and exits 1 if there is any. Layering is checked by `tests/meta/test_style.py`, which also
+runs what is here.
 """
 
 from __future__ import annotations
@@ -18,12 +19,6 @@ VAGUE_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 # Someone's home or workspace, and hosts of package registries: clients are configured, projects are not.
 LOCAL = re.compile(r"(?<![\w.$}])/(?:work|root|home)/\w|\b(?:pypi|files\.pythonhosted|registry\.npmjs)\.org\b")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".sh", ".cfg", ""}
-
-# The three middle packages never import one another; `wiring` and `backend` bring them together.
-PACKAGE = "mobiquant_compiler"
-MIDDLE = ("passes", "codegen", "runtime")
-CORE = ("errors", "spec", "config", "report", "packing", "slices", "reference", "cpu", "ops")
-BANNED_IMPORTS = {"passes": ("triton",), "codegen": ("torch.fx",), "runtime": ("torch.fx",)}
 
 
 def tracked_files() -> list[Path]:
@@ -53,51 +48,11 @@ def check_sizes(name: str, source: str) -> Iterator[str]:
 
 
 def check_names(name: str, source: str) -> Iterator[str]:
-    """Yield vague file names, modules without a docstring and test methods that pytest would never run."""
+    """Yield file names that say nothing and modules that do not say what they are."""
     if Path(name).name in VAGUE_NAMES:
         yield f"{name}: name the file after what is in it"
-    tree = ast.parse(source)
-    if source.strip() and ast.get_docstring(tree) is None:
+    if source.strip() and ast.get_docstring(ast.parse(source)) is None:
         yield f"{name}: no module docstring"
-    if not Path(name).name.startswith("test_"):
-        return
-    for node in tree.body:
-        if not (isinstance(node, ast.ClassDef) and node.name.startswith("Test")):
-            continue
-        for item in node.body:
-            if (
-                isinstance(item, ast.FunctionDef)
-                and not item.name.startswith(("test_", "_"))
-                and not item.decorator_list
-            ):
-                yield f"{name}:{item.lineno}: {node.name}.{item.name} lacks the test_ prefix and never runs"
-
-
-def imports_of(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of every import, lazy ones included."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-
-
-def check_layers(name: str, source: str) -> Iterator[str]:
-    """Yield imports against the direction core -> {passes, codegen, runtime} -> backend -> cli."""
-    parts = Path(name).with_suffix("").parts
-    if parts[0] != PACKAGE or len(parts) < 2:
-        return
-    here = parts[1]
-    for line, target in imports_of(source):
-        if any(target == banned or target.startswith(banned + ".") for banned in BANNED_IMPORTS.get(here, ())):
-            yield f"{name}:{line}: {here} must not import {target}"
-        there = target.split(".")[1] if target.startswith(PACKAGE + ".") else ""
-        if here in MIDDLE and there in (*MIDDLE, "backend", "wiring", "cli") and there != here:
-            yield f"{name}:{line}: {here} must not import {there}"
-        if here in CORE and there and there not in CORE:
-            yield f"{name}:{line}: {here} must not import {there}"
-        if there == "cli" and here not in ("cli", "__main__"):
-            yield f"{name}:{line}: only the command line imports cli"
 
 
 def check_wording(name: str, source: str) -> Iterator[str]:
@@ -116,7 +71,7 @@ def findings() -> list[str]:
         name, source = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
         found += check_wording(name, source)
         if path.suffix == ".py":
-            for check in (check_sizes, check_names, check_layers):
+            for check in (check_sizes, check_names):
                 found += check(name, source)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -63,24 +63,28 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(positive(threads, "--threads"))
+    rows = measure(model, chosen, bits, settings, device, dtype)
+    facts = rows[0] if rows else {}
+    title = f"{model}, {facts.get('device')}, {torch.get_num_threads()} threads: {settings.tokens} new tokens"
+    show(rows, COLUMNS, as_json=as_json, title=title)
+
+
+def measure(
+    model: str, methods: Sequence[str], budgets: Sequence[float], settings: Settings, device: str, dtype: str | None
+) -> list[dict[str, Any]]:
+    """Load a model and return a row a plain method, then one a budget and elastic method."""
+    import torch
+
     rows: list[dict[str, Any]] = []
     with progress() as report:
         loaded = load(model, device, dtype, report)
-        rows += _plain_rows(loaded, chosen, settings)
-        rows += _elastic_rows(loaded, chosen, bits, settings, report)
-    facts = {
-        "model": model,
-        "device": str(loaded.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    title = (
-        f"{model}, {loaded.device}, {facts['threads']} threads, torch {facts['torch']}: {settings.tokens} new tokens"
-    )
-    show([facts | row for row in rows], COLUMNS, as_json=as_json, title=title)
+        rows += _plain_rows(loaded, methods, settings)
+        rows += _elastic_rows(loaded, methods, budgets, settings, report)
+    facts = {"model": model, "device": str(loaded.device), "threads": torch.get_num_threads()}
+    return [facts | row for row in rows]
 
 
-def _plain_rows(loaded: Loaded, chosen: list[str], settings: Settings) -> list[dict[str, Any]]:
+def _plain_rows(loaded: Loaded, chosen: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
     import copy
 
     import torch
@@ -107,7 +111,7 @@ def _plain_rows(loaded: Loaded, chosen: list[str], settings: Settings) -> list[d
 
 
 def _elastic_rows(
-    loaded: Loaded, chosen: list[str], budgets: list[float], settings: Settings, report: Any
+    loaded: Loaded, chosen: Sequence[str], budgets: Sequence[float], settings: Settings, report: Any
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -150,7 +154,7 @@ def _used_mb(model: Any, achieved: Any) -> float:
     return used_bytes(model, achieved) / 1e6
 
 
-def _measure(model: Any, runner: Callable[..., Any], settings: Settings) -> dict[str, float]:
+def _measure(model: Any, runner: Any, settings: Settings) -> dict[str, float]:
     """Time decoding and prefilling once everything is compiled."""
     import torch
 

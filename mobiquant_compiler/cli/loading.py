@@ -68,7 +68,7 @@ def text_windows(loaded: Loaded, source: str, text: str, windows: int, length: i
 
 
 def compiled(model: Any) -> Any:
-    """Compile a model with our backend, for sequences of any length."""
+    """Compile a model with our backend."""
     import torch
 
-    return torch.compile(model, backend="mobiquant", dynamic=True)
+    return torch.compile(model, backend="mobiquant")

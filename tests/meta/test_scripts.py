@@ -1,0 +1,102 @@
+"""The scripts that check and describe the project do find what they should."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+RESULT = {
+    "device": "a processor",
+    "versions": {"torch": "2.13.0", "triton": None},
+    "commit": "0123456789abcdef",
+    "date": "2026-01-02",
+    "rows": [{"text": "a", "bits": 4, "ppl": 38.123456}, {"text": "b", "bits": None, "ppl": 12345.6}],
+}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+style, tables, suites = script("check_style"), script("readme_tables"), script("run_tests")
+
+
+class TestStyle:
+    def test_sizes(self) -> None:
+        long_function = "def f():\n" + "    x = 1\n" * 61
+        assert list(style.check_sizes("a.py", long_function)) == ["a.py:1: f has 62 lines; at most 60"]
+        assert not list(style.check_sizes("a.py", "@triton.jit\n" + long_function))
+        assert list(style.check_sizes("a.py", "x = 1\n" * 401)) == ["a.py: 401 lines; at most 400"]
+
+    def test_names(self) -> None:
+        assert list(style.check_names("pkg/utils.py", '"""Doc."""')) == [
+            "pkg/utils.py: name the file after what is in it"
+        ]
+        assert list(style.check_names("a.py", "x = 1")) == ["a.py: no module docstring"]
+
+    def test_wording(self) -> None:
+        home = "/" + "root/x"
+        (found,) = style.check_wording("a.md", f"fine\nsee {home}\n")
+        assert found.startswith("a.md:2: ")
+        assert not list(style.check_wording("a.md", "docs/root/x, https://example.org/home/x and /proc/cpuinfo"))
+
+
+class TestTables:
+    def test_readme_is_fresh(self) -> None:
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert tables.redraw(text) == text
+
+    def test_draws_matching_rows_with_their_origin(self, tmp_path: Path) -> None:
+        (tmp_path / "r.json").write_text(json.dumps(RESULT))
+        text = "before\n<!-- table: r.json text=a columns=bits,ppl -->\nstale\n<!-- end table -->\nafter"
+        drawn = tables.redraw(text, tmp_path)
+        assert "| bits | ppl |\n| --- | --- |\n| 4 | 38.12 |\n" in drawn
+        assert "a processor; torch 2.13.0; commit 0123456789, 2026-01-02" in drawn
+        assert "stale" not in drawn
+        assert tables.redraw(drawn, tmp_path) == drawn
+        assert (tables.cell(12345.6), tables.cell(None)) == ("12346", "-")
+
+    def test_a_column_that_no_row_has(self) -> None:
+        with pytest.raises(ValueError, match="no row has speed"):
+            tables.draw(RESULT, ["speed"], {})
+
+
+def test_a_run_that_crashed_counts_as_a_failure(tmp_path: Path) -> None:
+    report = tmp_path / "r.xml"
+    report.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>')
+    assert suites.count(report) == (5, 2, 2)
+    assert suites.count(tmp_path / "none.xml") == (0, 1, 0)
+
+
+class TestProject:
+    def test_every_dependency_is_pinned_for_ci(self) -> None:
+        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        pinned = {line.partition("==")[0].replace("_", "-") for line in lines if "==" in line}
+        extras = PROJECT["project"]["optional-dependencies"].values()
+        wanted = [*PROJECT["project"]["dependencies"], *(name for extra in extras for name in extra)]
+        assert {requirement.partition(";")[0].partition(">")[0].strip() for requirement in wanted} <= pinned
+
+    def test_entry_points_lead_somewhere(self) -> None:
+        points = PROJECT["project"]["entry-points"]["torch_dynamo_backends"] | PROJECT["project"]["scripts"]
+        for target in points.values():
+            module, _, name = target.partition(":")
+            assert callable(getattr(import_module(module), name))
+
+    def test_version_is_said_once(self) -> None:
+        import mobiquant_compiler
+
+        assert mobiquant_compiler.__version__ == PROJECT["project"]["version"]
+        assert f"## {mobiquant_compiler.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
