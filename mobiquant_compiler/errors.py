@@ -53,10 +53,7 @@ class UnknownPass(ConfigError):
 
 
 class DuplicatePass(ConfigError):
-    message = (
-        "passes: {name!r} is registered twice, by {first} and by {second}; rename one, names are the "
-        "only key."
-    )
+    message = "passes: {name!r} is registered twice, by {first} and by {second}; rename one, names are the only key."
 
 
 class BadSliceSpec(ConfigError):
@@ -206,7 +203,9 @@ class CheckpointCorrupt(CheckpointError):
 
 
 class CheckpointTensor(CheckpointError):
-    message = "checkpoint {path}: tensor {tensor} has {name} {got}; wanted {wanted}. The file is of another model or damaged."
+    message = (
+        "checkpoint {path}: tensor {tensor} has {name} {got}; wanted {wanted}. The file is of another model or damaged."
+    )
 
 
 class CheckpointMismatch(CheckpointError):
@@ -215,7 +214,8 @@ class CheckpointMismatch(CheckpointError):
 
 class CheckpointTooNew(CheckpointError):
     message = (
-        "checkpoint {path}: format version {got} is newer than this package reads ({wanted}); upgrade mobiquant-compiler."
+        "checkpoint {path}: format version {got} is newer than this package reads ({wanted}); "
+        "upgrade mobiquant-compiler."
     )
 
 
@@ -251,7 +251,7 @@ class TextTooShort(ModelError):
 
 class TextMissing(ModelError):
     message = (
-        "text {path}: cannot be read ({reason}); wanted a UTF-8 file (.raw, .txt, .jsonl with a \"text\" field), "
+        'text {path}: cannot be read ({reason}); wanted a UTF-8 file (.raw, .txt, .jsonl with a "text" field), '
         "'pydoc' or 'pydoc-calibration'."
     )
 

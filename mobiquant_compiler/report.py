@@ -17,10 +17,8 @@ class SkipReason(StrEnum):
     EXPERTS = "3-D expert parameters are not linears"
     UNKNOWN_TYPE = "a subclass of nn.Linear with its own use of the weight"
     TOO_NARROW = "fewer input columns than a group"
-    DTYPE = "weight dtype is not float32, bfloat16 or float16"
+    DTYPE = "weight dtype is not float64, float32, bfloat16 or float16"
     NOT_A_WEIGHT = "weight is computed in the graph, not a parameter"
-    NON_FINITE = "weight has NaN or infinite values"
-    GRADIENT = "weight needs a gradient in this graph"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from mobiquant_compiler import CompileConfig
+from mobiquant_compiler.backend import compile_graph
 from mobiquant_compiler.passes import PassContext, PassManager, PassReport, load_pass
 from mobiquant_compiler.passes.edit import own_graph
 from mobiquant_compiler.passes.manager import Observer
@@ -31,6 +32,12 @@ def capture(model: nn.Module, *args: Any, dynamic: bool | None = None) -> tuple[
     torch._dynamo.reset()
     (graph,) = found
     return graph
+
+
+def without_inductor(**options: Any) -> Callable[..., Any]:
+    """Return our backend with the graph interpreted in the end: the same rewrite and look-ups, no compile time."""
+    config = CompileConfig.from_options(options)
+    return lambda gm, inputs, **_: compile_graph(gm, inputs, config, lambda graph, _: graph.forward)
 
 
 @dataclass

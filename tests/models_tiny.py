@@ -54,7 +54,7 @@ class TinyLM(nn.Module):
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every matrix with columns of unequal size (plain noise leaves a router nothing to choose), in eval mode."""
+    """Fill every matrix with columns of unequal size (plain noise leaves a router no choice), in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,7 +103,9 @@ def tiny_gpt2() -> nn.Module:
     """Return transformers' GPT-2: Conv1D, weights [in, out], biases."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return seeded(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64)))
+    return seeded(
+        GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64))
+    )
 
 
 def tiny_bert() -> nn.Module:

@@ -1,4 +1,4 @@
-"""How far results may be from what they should be: kernels by output dtype, for outputs of variance one; the rest relative."""
+"""How far results may be from what they should be: kernels by output dtype (variance one), the rest relative."""
 
 from __future__ import annotations
 

@@ -110,9 +110,7 @@ def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
     return (k, n) if transposed else (n, k)
 
 
-def _bind(
-    gm: GraphModule, name: str, weight: tuple[Node, bool], index: int, ctx: PassContext
-) -> dict[str, Node]:
+def _bind(gm: GraphModule, name: str, weight: tuple[Node, bool], index: int, ctx: PassContext) -> dict[str, Node]:
     """Add the inputs of one weight and note what the runtime must fill them with."""
     example = ctx.example(index)
     assert example is not None, "declined otherwise"

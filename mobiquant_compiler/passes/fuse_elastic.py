@@ -14,7 +14,7 @@ from mobiquant_compiler.passes.edit import erase_unused, replace, splice
 
 @dataclass(frozen=True, slots=True)
 class FuseElastic:
-    """Fuse gather, slice_gemm and scatter of one decision into `routed_linear`; with a decision of its own, the route too.
+    """Fuse gather, slice_gemm and scatter of one decision into `routed_linear`; a decision of its own is fused too.
 
     One launch then serves a linear on a CPU, and the CUDA path chooses its kernels by the number of tokens without a
     grouped copy of the activations.

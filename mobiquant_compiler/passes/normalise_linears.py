@@ -79,7 +79,7 @@ def _transposed(node: Node) -> Node | None:
         return None
     if node.target in (torch.t, "t"):
         return inner
-    if node.target in (torch.transpose, "transpose") and {a for a in node.args[1:3]} in ({0, 1}, {-1, -2}):
+    if node.target in (torch.transpose, "transpose") and set(node.args[1:3]) in ({0, 1}, {-1, -2}):
         return inner
     if node.target is getattr and node.args[1] in ("T", "mT"):
         return inner
@@ -97,7 +97,9 @@ def _rewrite_addmm(gm: GraphModule, node: Node, parameters: set[Node]) -> int:
     bias, x, weight = node.args[:3]
     found = parameter_of(weight)
     scaled = len(node.args) > 3 or any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta"))
-    if found is None or found[0] not in parameters or scaled or not _is_vector_parameter(bias, value_of(node).shape[-1]):
+    if found is None or found[0] not in parameters or scaled:
+        return 0
+    if not _is_vector_parameter(bias, value_of(node).shape[-1]):
         return 0
     _put_linear(gm, node, x, found, bias, node)
     return 1
@@ -120,9 +122,7 @@ def _rewrite_matmul(gm: GraphModule, node: Node, parameters: set[Node]) -> int:
     return 1
 
 
-def _put_linear(
-    gm: GraphModule, node: Node, x: object, weight: tuple[Node, bool], bias: object, last: Node
-) -> None:
+def _put_linear(gm: GraphModule, node: Node, x: object, weight: tuple[Node, bool], bias: object, last: Node) -> None:
     """Replace `last` by the canonical call; a right operand [K, N] is the transpose of a linear's weight.
 
     The call stands where the product `node` stood: what comes between it and `last` may write to its input.

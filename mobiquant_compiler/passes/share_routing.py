@@ -20,8 +20,8 @@ class ShareRouting:
 
     Before (q, k and v of an attention block)::
 
-        %q = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask, energy, %q_slices, ...)
-        %k = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask, energy, %k_slices, ...)
+        %q = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., energy, %q_slices, ...)
+        %k = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., energy, %k_slices, ...)
 
     After::
 

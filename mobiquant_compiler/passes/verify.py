@@ -44,9 +44,9 @@ def verify(gm: GraphModule, inputs: list[str], outputs: list[tuple[str, Any]], a
 
 
 def _verify_node(node: Node, after: str) -> None:
-    if node.op == "call_function" and value_of(node) is None and node.users:
-        if any(value_of(user) is not None or user.op == "output" for user in node.users):
-            raise VerifyError(name=after, what="node without a fake value", node=node.name, got=None, wanted="meta['val']")
+    unknown = node.op == "call_function" and value_of(node) is None
+    if unknown and any(value_of(user) is not None or user.op == "output" for user in node.users):
+        raise VerifyError(name=after, what="node without a fake value", node=node.name, got=None, wanted="meta['val']")
     allowed = _CONSUMERS.get(node.target)
     if allowed is None:
         return

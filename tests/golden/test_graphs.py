@@ -54,7 +54,7 @@ def test_graph_is_as_reviewed(rendered, step):
     if ACCEPT:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(texts[step], encoding="utf-8")
-    assert texts[step] == file.read_text(encoding="utf-8"), f"{file.name} is stale: run `make golden` and review the diff"
+    assert texts[step] == file.read_text(encoding="utf-8"), f"{file.name}: `make golden`, review the diff"
 
 
 def test_no_graph_is_left_over():

@@ -73,7 +73,7 @@ def test_limits_of_several_patterns_combine():
     assert config.limits("ab") == (3, 3)
     assert config.limits("ac") == (2, 4)
     assert config.limits("x") == (1, 4)
-    with pytest.raises(BadOption, match="SliceConfig for ab: .* wanted floor <= ceiling"):
+    with pytest.raises(BadOption, match=r"SliceConfig for ab: .* wanted floor <= ceiling"):
         SliceConfig(floor={"ab": 3}, ceiling={"ab": 2}).limits("ab")
 
 

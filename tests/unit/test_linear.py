@@ -182,6 +182,6 @@ def test_elastic_linears_are_listed_once_by_name():
     model = tiny_lm(1)
     mq.quantize_(model)
     assert list(elastic_linears(model)) == [
-        f"layers.0.{name}" for name in "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        f"layers.0.{name}" for name in ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     ]
     assert "widths=(2, 2, 2, 2), group=64" in repr(model.layers[0].q_proj)

@@ -104,7 +104,7 @@ def half_build(gm, ctx):
 
 def break_order(gm, ctx):
     last = next(n for n in gm.graph.nodes if n.op == "output").args[0][0]
-    list(gm.graph.nodes)[0].prepend(last)
+    next(iter(gm.graph.nodes)).prepend(last)
 
 
 BROKEN = {
@@ -134,7 +134,7 @@ def test_whatever_a_pass_raises_is_wrapped_with_pass_and_graph():
         raise Odd("no such thing")
 
     with pytest.raises(
-        PassFailed, match="probe: failed on graph graph-7 at Odd: no such thing. Set MOBIQUANT_DUMP"
+        PassFailed, match=r"probe: failed on graph graph-7 at Odd: no such thing\. Set MOBIQUANT"
     ) as caught:
         run(fail)
     assert isinstance(caught.value.__cause__, Odd)
@@ -174,7 +174,7 @@ def test_observers_see_the_input_and_every_pass():
 
 
 def test_order_is_checked_before_anything_runs():
-    with pytest.raises(PassOrder, match="expand-elastic must run after .*share-routing.* the order given is"):
+    with pytest.raises(PassOrder, match=r"expand-elastic must run after .*share-routing.* the order given is"):
         PassManager([load_pass("expand-elastic"), load_pass("share-routing")])
     PassManager([load_pass("expand-elastic")])  # only what runs at all must come before
 
@@ -234,9 +234,7 @@ def test_plugins_are_found_by_entry_point(plugins, monkeypatch):
 
 def test_plugins_may_not_take_a_name_that_is_in_use(plugins):
     plugins(bind_slices="a_plugin:Probe")
-    with pytest.raises(
-        DuplicatePass, match="'bind-slices' is registered twice, by mobiquant_compiler.passes.bind_slices"
-    ):
+    with pytest.raises(DuplicatePass, match=r"'bind-slices' is registered twice, by mobiquant_compiler\.passes\."):
         load_pass("normalise-linears")
 
 

@@ -13,7 +13,7 @@ from mobiquant_compiler.ops import OPS, SCHEMAS
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import reconstruct, slice_weight
 from mobiquant_compiler.spec import Layout, SliceSpec
-from tests.tolerances import RESULTS, EXACT_MATH, assert_near
+from tests.tolerances import EXACT_MATH, RESULTS, assert_near
 
 SPECS = [
     SliceSpec((2, 2, 2, 2), 32),

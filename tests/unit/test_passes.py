@@ -120,7 +120,7 @@ def test_bind_slices_appends_inputs_and_keeps_the_originals_first():
     assert names[-8:] == [
         "mq_gain",
         "mq_mask",
-        *(f"mq0_{k}" for k in "slices scale zero energy thresholds hist".split()),
+        *(f"mq0_{k}" for k in ["slices", "scale", "zero", "energy", "thresholds", "hist"]),
     ]
     assert len(names) == len(done.inputs) + 8, "one weight used twice is bound once"
 

@@ -1,4 +1,4 @@
-"""quantize_: what is replaced, what is left alone and why, what it costs, and what it refuses before touching anything."""
+"""quantize_: what is replaced, what is left alone and why, its cost, and what it refuses first."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_a_bad_weight_leaves_the_model_untouched(bad):
         mq.quantize_(model)
     assert not elastic_linears(model)
     assert all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), model.state_dict().values())
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(before.values(), model.state_dict().values(), strict=True)
     )
 
 
