@@ -123,6 +123,9 @@ def test_bind_slices_appends_inputs_and_keeps_the_originals_first():
         *(f"mq0_{k}" for k in ["slices", "scale", "zero", "energy", "thresholds", "hist"]),
     ]
     assert len(names) == len(done.inputs) + 8, "one weight used twice is bound once"
+    for node in list(done.gm.graph.nodes)[len(done.inputs) : len(names)]:
+        # CUDA graphs then read the buffer itself: a copy would never see a new budget.
+        assert node.meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded"
 
 
 def test_bind_slices_binds_both_orientations_of_one_weight():
