@@ -89,7 +89,7 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.GROUPED, TokenClass.UP_TO_16): (Tile(16, 32, 0, 4, 2), Tile(16, 32, 0, 4), Tile(16, 16, 0, 4)),
     (Family.GROUPED, TokenClass.UP_TO_32): (Tile(32, 32, 0, 4, 2), Tile(32, 32, 0, 4), Tile(32, 16, 0, 4)),
     (Family.GROUPED, TokenClass.UP_TO_64): (Tile(64, 64, 0, 4, 2), Tile(64, 32, 0, 4), Tile(64, 16, 0, 4)),
-    (Family.GROUPED, TokenClass.MANY): (Tile(64, 64, 0, 8, 2), Tile(64, 64, 0, 8), Tile(32, 32, 0, 4)),
+    (Family.GROUPED, TokenClass.MANY): (Tile(64, 64, 0, 4, 2), Tile(64, 64, 0, 4), Tile(32, 32, 0, 4)),
 }
 
 

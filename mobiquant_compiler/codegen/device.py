@@ -156,13 +156,17 @@ def dot4(codes, x, acc, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def group_term(dots, total, scale, zero, step, shrink):
-    """Turn the integer dot product of one group into its share of the output.
+def add_group(acc, dots, total, scale, zero, step, shrink):
+    """Add to acc the share of the output that comes from one group, given its integer dot product.
 
     With ``shrink = 2**-m`` for m residual bits and activations ``x = a xi``, slices.py's ``s_k (Q_k - Z_k) . x`` is
     ``s a (Q_k . xi shrink - (z + (1 - shrink) / 2) sum(xi))``. Powers of two scale without rounding.
 
-    Shapes: dots and total int32, the rest float32, broadcast together.
+    Numerics: contraction is spelled out here and off elsewhere (`toolchain.FP_FUSION`), so that bodies compiled for
+        different slice counts and batch sizes round alike.
+    Shapes: acc float32 [M, N]; dots int32 [M, N]; total int32, the rest float32, broadcast to that.
     """
     centre = zero + (0.5 - 0.5 * shrink)
-    return (scale * step) * (dots.to(tl.float32) * shrink - centre * total.to(tl.float32))
+    below = tl.broadcast_to(centre * total.to(tl.float32), acc.shape)
+    term = tl.fma(dots.to(tl.float32), tl.broadcast_to(shrink, acc.shape), -below)
+    return tl.fma(tl.broadcast_to(scale * step, acc.shape), term, acc)

@@ -6,8 +6,9 @@ from types import ModuleType
 
 from mobiquant_compiler.errors import TritonMissing
 
-# Contraction of multiply and add is part of the emitted numerics; Triton's own default is about to change.
-FP_FUSION = True
+# Kernels say `tl.fma` where they mean it: a compiler's choice of contraction differs from body to body, and Triton's
+# default is about to change.
+FP_FUSION = False
 
 
 def triton() -> ModuleType:

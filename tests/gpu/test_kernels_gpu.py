@@ -60,6 +60,15 @@ def test_decode_is_exact_at_every_count(spec: SliceSpec) -> None:
         assert torch.equal(run(case), case.expected(torch.float32)), f"{count} slices"
 
 
+@pytest.mark.parametrize("tokens", [7, 20, 40, 100, 130, 300])
+def test_tiles_of_any_mix_of_counts(tokens: int) -> None:
+    """Tiles that leave out the first counts, the last, or those between."""
+    case = integer_case(SPECS[0], tokens, 203, K, device="cuda")
+    for counts in ((1,), (2,), (4,), (1, 2), (3, 4), (2, 3), (1, 4), (2, 3, 4)):
+        case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
+        assert torch.equal(run(case), case.expected(torch.float32)), f"counts {counts}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_random_data_is_near_the_float64_reference(tokens: int, dtype: torch.dtype) -> None:

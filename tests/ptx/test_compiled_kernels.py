@@ -135,3 +135,12 @@ def test_an_illegal_constexpr_is_refused_by_the_template_itself(
     with pytest.raises(CompilationError) as caught:
         triton.compile(ASTSource(function, types, constexprs=constants), target=GPUTarget("cuda", 90, 32))
     assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_contraction_is_only_where_it_is_written() -> None:
+    """Bodies for different counts round alike: their float fma are those of `add_group` and no others."""
+    spec = kernel_spec(Family.DECODE, SliceSpec((2, 2), 128), 4096, TokenClass.ONE, Target.of(90))
+    assert kernels.options(spec)["enable_fp_fusion"] is False
+    lanes = max(1, spec.block_n * spec.block_w // 8 // 32)
+    # Two a group; with one slice nothing shrinks, and the first of them is a plain difference.
+    assert compiled(spec, 90).asm["ptx"].count("fma.rn.f32") == (1 + 2) * lanes

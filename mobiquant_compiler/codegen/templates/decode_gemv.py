@@ -35,7 +35,7 @@ def rows_times_token(
     PER_GROUP: tl.constexpr = GROUP // SPAN
     BLOCK_G: tl.constexpr = BLOCK_W // PER_GROUP
     GROUPS: tl.constexpr = K_PADDED // GROUP
-    SHRINK: tl.constexpr = 1.0 / (1 << device.residual_bits(WIDTHS, COUNT))
+    shrink = tl.full([1, 1], 1.0 / (1 << device.residual_bits(WIDTHS, COUNT)), tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     for start in tl.range(0, POSITIONS, BLOCK_W, num_stages=NUM_STAGES):
         offs_w = start + tl.arange(0, BLOCK_W)
@@ -64,7 +64,7 @@ def rows_times_token(
         zero = tl.load(zero_ptr + offs_ng, mask=mask_ng, other=0.0).to(tl.float32)
         step = tl.load(step_ptr + offs_g, mask=in_g, other=0.0)
         total = tl.load(total_ptr + offs_g, mask=in_g, other=0)
-        acc += device.group_term(dots, total[None, :], scale, zero, step[None, :], SHRINK)
+        acc = device.add_group(acc, dots, total[None, :], scale, zero, step[None, :], shrink)
     return tl.sum(acc, axis=1)
 
 

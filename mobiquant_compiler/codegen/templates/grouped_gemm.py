@@ -29,12 +29,13 @@ def tile_product(
     slices_ptr,
     scale_ptr,
     zero_ptr,
+    bias_ptr,
+    y_ptr,
     rows,
     in_m,
     counts,
-    present,
+    most,
     offs_n,
-    in_n,
     n_rows,
     COUNT: tl.constexpr,
     MIXED: tl.constexpr,
@@ -43,17 +44,18 @@ def tile_product(
     LAYOUT: tl.constexpr,
     K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Multiply a tile of tokens of which none uses more than COUNT slices; returns float32 [BLOCK_M, BLOCK_N].
+    """Multiply a tile of tokens of which none uses more than COUNT slices, and write its rows of the output.
 
-    Without MIXED every token uses COUNT slices. With it, bit e of `present` says whether some token uses e + 1 slices,
-    and slices after the last such are not read.
+    Without MIXED every token uses COUNT slices. With it, tokens differ, and slices after the first `most` are not read.
     """
     GROUPS: tl.constexpr = K_PADDED // GROUP
     offs_k = tl.arange(0, GROUP)
+    in_n = offs_n < n_rows
     shrink = tl.full([BLOCK_M], 1.0 / (1 << device.residual_bits(WIDTHS, COUNT)), tl.float32)
     if MIXED:
         for index in tl.static_range(COUNT - 1):
@@ -74,21 +76,21 @@ def tile_product(
             needed = in_n
             if MIXED:
                 # Predicated rather than branched around: no load waits for the slice before it.
-                needed = in_n & ((present >> index) != 0)
+                needed = in_n & (index < most)
             codes = device.append_codes(
                 codes, slices_ptr, offs_n, needed, n_rows, group, index, WIDTHS, LAYOUT, GROUP, K_PADDED
             )
-            if MIXED:  # noqa: SIM102  decided when compiled, the next one by each tile
-                if (present >> index) & 1 != 0:
-                    product = integer_product(
-                        high=high,
-                        low=low,
-                        codes=codes,
-                        total=total,
-                        BITS=device.bits_before(WIDTHS, index + 1),
-                        ACTIVATION=ACTIVATION,
-                    )
-                    dots = tl.where(counts[:, None] == index + 1, product, dots)
+            if MIXED:
+                # No branch around products that no token needs: Triton 3.6 pipelines such loops wrongly on sm_90.
+                product = integer_product(
+                    high=high,
+                    low=low,
+                    codes=codes,
+                    total=total,
+                    BITS=device.bits_before(WIDTHS, index + 1),
+                    ACTIVATION=ACTIVATION,
+                )
+                dots = tl.where(counts[:, None] == index + 1, product, dots)
         if not MIXED:
             dots = integer_product(
                 high=high,
@@ -101,17 +103,11 @@ def tile_product(
         offs_s = offs_n * GROUPS + group
         scale = tl.load(scale_ptr + offs_s, mask=in_n, other=0.0).to(tl.float32)
         zero = tl.load(zero_ptr + offs_s, mask=in_n, other=0.0).to(tl.float32)
-        acc += device.group_term(dots, total[:, None], scale[None, :], zero[None, :], step[:, None], shrink[:, None])
-    return acc
-
-
-@triton.jit
-def store_tile(y, bias_ptr, y_ptr, rows, in_m, offs_n, in_n, n_rows, HAS_BIAS: tl.constexpr):
-    """Add the bias and write a tile to its tokens' rows, rounding once."""
+        acc = device.add_group(acc, dots, total[:, None], scale[None, :], zero[None, :], step[:, None], shrink[:, None])
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     offs_y = rows[:, None] * n_rows + offs_n[None, :]
-    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=("counts_ptr", "rows_ptr", "bias_ptr", "tokens", "n_rows"))
@@ -162,24 +158,21 @@ def grouped_gemm(
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
 
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     in_m = offs_m < tokens
-    in_n = offs_n < n_rows
-    offs_n = offs_n.to(tl.int64)
     if SORTED_ROWS:
         rows = tl.load(rows_ptr + offs_m, mask=in_m, other=0)
     else:
         rows = offs_m.to(tl.int64)
     counts = tl.load(counts_ptr + rows, mask=in_m, other=1)
     counts = tl.minimum(tl.maximum(counts, 1), NUM_SLICES)
-    present = 0
-    for index in tl.static_range(NUM_SLICES):
-        present += tl.max((in_m & (counts == index + 1)).to(tl.int32), axis=0) << index
+    least = tl.min(tl.where(in_m, counts, NUM_SLICES), axis=0)
+    most = tl.max(tl.where(in_m, counts, 1), axis=0)
     if SORTED_ROWS:
-        # Nearly all tiles hold one count: a straight body for each, and one with branches for the rest.
+        # Nearly all tiles hold one count: a body for each, and one for the rest.
         for count in tl.static_range(1, NUM_SLICES + 1):
-            if present == 1 << (count - 1):
-                y = tile_product(
+            if (least == count) & (most == count):
+                tile_product(
                     high_ptr=high_ptr,
                     low_ptr=low_ptr,
                     step_ptr=step_ptr,
@@ -187,12 +180,13 @@ def grouped_gemm(
                     slices_ptr=slices_ptr,
                     scale_ptr=scale_ptr,
                     zero_ptr=zero_ptr,
+                    bias_ptr=bias_ptr,
+                    y_ptr=y_ptr,
                     rows=rows,
                     in_m=in_m,
                     counts=counts,
-                    present=present,
+                    most=most,
                     offs_n=offs_n,
-                    in_n=in_n,
                     n_rows=n_rows,
                     COUNT=count,
                     MIXED=False,
@@ -201,23 +195,13 @@ def grouped_gemm(
                     LAYOUT=LAYOUT,
                     K_PADDED=K_PADDED,
                     ACTIVATION=ACTIVATION,
+                    HAS_BIAS=HAS_BIAS,
                     BLOCK_M=BLOCK_M,
                     BLOCK_N=BLOCK_N,
                     NUM_STAGES=NUM_STAGES,
                 )
-                store_tile(
-                    y=y,
-                    bias_ptr=bias_ptr,
-                    y_ptr=y_ptr,
-                    rows=rows,
-                    in_m=in_m,
-                    offs_n=offs_n,
-                    in_n=in_n,
-                    n_rows=n_rows,
-                    HAS_BIAS=HAS_BIAS,
-                )
-    if not SORTED_ROWS or (present & (present - 1)) != 0:
-        y = tile_product(
+    if not SORTED_ROWS or least != most:
+        tile_product(
             high_ptr=high_ptr,
             low_ptr=low_ptr,
             step_ptr=step_ptr,
@@ -225,12 +209,13 @@ def grouped_gemm(
             slices_ptr=slices_ptr,
             scale_ptr=scale_ptr,
             zero_ptr=zero_ptr,
+            bias_ptr=bias_ptr,
+            y_ptr=y_ptr,
             rows=rows,
             in_m=in_m,
             counts=counts,
-            present=present,
+            most=most,
             offs_n=offs_n,
-            in_n=in_n,
             n_rows=n_rows,
             COUNT=NUM_SLICES,
             MIXED=True,
@@ -239,18 +224,8 @@ def grouped_gemm(
             LAYOUT=LAYOUT,
             K_PADDED=K_PADDED,
             ACTIVATION=ACTIVATION,
+            HAS_BIAS=HAS_BIAS,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             NUM_STAGES=NUM_STAGES,
-        )
-        store_tile(
-            y=y,
-            bias_ptr=bias_ptr,
-            y_ptr=y_ptr,
-            rows=rows,
-            in_m=in_m,
-            offs_n=offs_n,
-            in_n=in_n,
-            n_rows=n_rows,
-            HAS_BIAS=HAS_BIAS,
         )
