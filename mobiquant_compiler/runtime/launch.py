@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.spec import Activation, KernelSpec
+from mobiquant_compiler.spec import Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,19 +94,20 @@ def route(
     if tokens == 0:
         return counts
     energy, gain = router
-    kernel.launch(
-        (ceil_div(tokens, kernel.spec.block_m),),
-        x_ptr=_rows(x),
-        energy_ptr=energy.contiguous(),
-        gain_ptr=gain.contiguous(),
-        thresholds_ptr=thresholds.contiguous(),
-        hist_ptr=hist,
-        mask_ptr=mask,
-        counts_ptr=counts,
-        tokens=tokens,
-        columns=columns,
-        capacity=mask.numel(),
-    )
+    with _current(x):
+        kernel.launch(
+            (ceil_div(tokens, kernel.spec.block_m),),
+            x_ptr=_rows(x),
+            energy_ptr=energy.contiguous(),
+            gain_ptr=gain.contiguous(),
+            thresholds_ptr=thresholds.contiguous(),
+            hist_ptr=hist,
+            mask_ptr=mask,
+            counts_ptr=counts,
+            tokens=tokens,
+            columns=columns,
+            capacity=mask.numel(),
+        )
     return counts
 
 
@@ -149,14 +151,29 @@ def routed_linear(
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
-    counts = counts.reshape(-1).contiguous()
-    fixed = quantize(kernels.quantize, _rows(x))
-    spec = kernels.multiply.spec
+    with _current(x):
+        fixed = quantize(kernels.quantize, _rows(x))
+        _multiply(kernels.multiply, fixed, counts.reshape(-1).contiguous(), slices, scale, zero, bias, y)
+    return y
+
+
+def _multiply(
+    kernel: LaunchableKernel,
+    fixed: FixedPoint,
+    counts: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Launch decode_gemv or grouped_gemm, whichever `kernel` is, into y."""
+    spec, tokens, n = kernel.spec, counts.shape[0], slices.shape[1]
     # Tokens of equal count come to lie in one tile; sorting on the device needs no word from it.
     rows = torch.sort(counts, stable=True).indices if spec.sorted_rows else None
-    decode = spec.block_m == 1
+    decode = spec.family is Family.DECODE
     grid = (ceil_div(n, spec.block_n),) if decode else (ceil_div(tokens, spec.block_m), ceil_div(n, spec.block_n))
-    kernels.multiply.launch(
+    kernel.launch(
         grid,
         high_ptr=fixed.high.view(torch.int32) if decode else fixed.high,
         low_ptr=fixed.low.view(torch.int32) if decode else fixed.low,
@@ -172,7 +189,6 @@ def routed_linear(
         tokens=tokens,
         n_rows=n,
     )
-    return y
 
 
 def slice_gemm(
@@ -191,6 +207,13 @@ def slice_gemm(
     order = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
     counts = torch.searchsorted(offsets[1:].contiguous(), order, right=True, out_int32=True) + 1
     return routed_linear(kernels, x, counts, slices, scale, zero, bias)
+
+
+def _current(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of `x` current: kernels are launched there. Costs nothing where it already is."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 def _token_count(x: Tensor) -> int:
