@@ -1,10 +1,10 @@
 """Elastic linear layers for PyTorch models: residual bit slices, per-token routing, a budget that moves at run time.
 
-    import mobiquant_compiler as mq
+import mobiquant_compiler as mq
 
-    mq.quantize_(model, calibration=tokens)
-    model = torch.compile(model, backend="mobiquant")
-    mq.set_budget(model, 3.0)
+mq.quantize_(model, calibration=tokens)
+model = torch.compile(model, backend="mobiquant")
+mq.set_budget(model, 3.0)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from mobiquant_compiler.budgets import (
     budget,
     get_budget,
     padding_mask,
+    refresh,
     reset_telemetry,
     set_budget,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "output_bound",
     "padding_mask",
     "quantize_",
+    "refresh",
     "reset_telemetry",
     "save",
     "set_budget",

@@ -89,6 +89,18 @@ def reset_telemetry(model: nn.Module) -> None:
     telemetry.reset(_linears(model, "reset_telemetry"))
 
 
+def refresh(model: nn.Module) -> int:
+    """Drop the slices of a plain model's weights, so that its next compiled call packs them anew.
+
+    Needed after edits that leave no trace in torch: through ``.data`` into the same storage, or of tensors made under
+    inference_mode. Everything else is seen without it.
+
+    Returns:
+        How many weights had slices.
+    """
+    return BOUND.forget(model)
+
+
 @contextmanager
 def padding_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """Leave padding out of `achieved_bits`: within the block, calls of ``mask.numel()`` tokens are counted by it.

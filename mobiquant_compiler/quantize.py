@@ -134,6 +134,7 @@ def quantize_(
         StrictSkip: `strict` and a layer was skipped.
         BudgetOutOfRange: `budget` is not possible; the model stays at all slices.
     """
+    model = getattr(model, "_orig_mod", model)  # of a module that was compiled already: its own names
     config = config or SliceConfig()
     progress = progress or (lambda stage, done, total: None)
     loss = loss or next_token_loss

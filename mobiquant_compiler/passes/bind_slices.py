@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class BindSlices:
         """Bind every linear whose weight is a parameter; the others are skipped with a reason."""
         already = [node for node in gm.graph.nodes if node.target is OPS.elastic_linear.default]
         ctx.rewritten[:] = [layer_name(node) for node in already]
+        _refuse_training(already)
         inputs = {node: index for index, node in enumerate(placeholders(gm))}
         skipped: list[Skip] = []
         bound: dict[tuple[Node, bool], dict[str, Node]] = {}
@@ -67,6 +68,14 @@ class BindSlices:
             _rewrite(gm, node, bound[weight], shared, ctx.config.slices.spec_for(value_of(node.args[0]).shape[-1]))
             ctx.rewritten.append(name)
         return PassResult(len(ctx.rewritten) - len(already), tuple(skipped))
+
+
+def _refuse_training(elastic: list[Node]) -> None:
+    """Refuse a graph in which a gradient would have to pass an elastic linear: it would be left out unannounced."""
+    for node in elastic:
+        x: Any = node.args[0]
+        if torch.is_grad_enabled() and value_of(x).requires_grad:
+            raise TrainingGraph(what=f"the input of {layer_name(node)}")
 
 
 def _decline(

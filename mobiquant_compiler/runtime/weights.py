@@ -2,7 +2,7 @@
 
 A weight that was swapped, loaded or edited in place is seen at the next call: the entry remembers the tensor's
 version, storage and address. Only edits through ``.data`` of the same storage, and of tensors made under
-inference_mode, leave no trace; `WeightTable.forget` is for those.
+inference_mode, leave no trace; `refresh` is for those.
 """
 
 from __future__ import annotations

@@ -217,6 +217,17 @@ def test_training_a_plain_model_is_an_error_that_says_what_to_do():
         assert compiled(torch.randn(3, 64)).shape == (3, 33)
 
 
+def test_a_gradient_through_an_elastic_linear_is_an_error_not_a_silent_zero():
+    model = tiny_mlp()
+    mq.quantize_(model)
+    compiled = torch.compile(model, backend=without_inductor())
+    with torch.enable_grad(), pytest.raises(Exception, match="gradients of the input of") as caught:
+        compiled(torch.randn(3, 64, requires_grad=True))
+    assert isinstance(inner(caught), TrainingGraph)
+    with torch.enable_grad():  # nothing asks for a gradient here
+        assert compiled(torch.randn(3, 64)).shape == (3, 33)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -147,7 +147,7 @@ def test_forgotten_slices_are_packed_anew():
     compiled = torch.compile(model, backend=without_inductor())
     compiled(x)
     model[0].weight.data.mul_(-1)  # leaves no trace that could be seen
-    assert BOUND.forget(model) == 2
+    assert mq.refresh(model) == 2
     assert_near(compiled(x), eager(model, x), COMPILED)
 
 

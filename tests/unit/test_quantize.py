@@ -262,3 +262,10 @@ def test_a_report_reads_well():
     assert data["bytes_before"] > data["bytes_after"] > 0
     many = mq.Coverage((), [Skip(f"l{i}", SkipReason.EXCLUDED) for i in range(7)])
     assert str(many).endswith("and 2 more")
+
+
+def test_a_compiled_module_is_quantized_under_its_own_names():
+    model = tiny_lm(1)
+    coverage = mq.quantize_(torch.compile(model), mq.SliceConfig(exclude=("lm_head",)))
+    assert "lm_head" in [skip.name for skip in coverage.skipped]
+    assert not any(name.startswith("_orig_mod") for name in coverage.rewritten)
