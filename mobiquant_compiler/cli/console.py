@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,10 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Show bars on stderr; yields ``report(stage, done, total)``, which makes a bar a stage."""
+    """Show bars on stderr, or a line a finished stage where no terminal is; yields ``report(stage, done, total)``."""
+    if not err().is_terminal:
+        yield _line_reporter()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=err()) as display:
@@ -47,6 +51,20 @@ def progress() -> Iterator[Report]:
             display.update(bars[stage], completed=done, total=total)
 
         yield report
+
+
+def _line_reporter() -> Report:
+    started: dict[str, float] = {}
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        started.setdefault(stage, last)
+        last = time.monotonic()
+        if done == total:
+            note(f"{stage}: {done}/{total} in {last - started.pop(stage):.0f} s")
+
+    return report
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool, title: str = "") -> None:

@@ -19,7 +19,7 @@ COLUMNS = {
     "used_mb": "weight MB used",
     "sample": "sample",
 }
-CALIBRATION = (6, 256)  # windows and their length: enough for budgets within 0.1 bits, a minute on two cores
+CALIBRATION = (4, 256)  # windows and their length
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +30,8 @@ def register(app: typer.Typer) -> None:
 def demo(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2",
     budgets: Annotated[str, typer.Option(help="Bits, one row each.")] = "8,6,5,4,3",
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens for perplexity.")] = 6,
-    tokens: Annotated[int, typer.Option(help="New tokens of a sample.")] = 24,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens for perplexity.")] = 3,
+    tokens: Annotated[int, typer.Option(help="New tokens of a sample.")] = 20,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

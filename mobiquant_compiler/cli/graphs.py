@@ -36,13 +36,16 @@ def dump(
     tokens: Tokens = 16,
     dtype: Dtype = None,
     device: Device = "auto",
+    target: Annotated[int, typer.Option(help="Compute capability that kernels are emitted for, as 90 for sm_90.")] = 90,
     as_json: AsJson = False,
 ) -> None:
-    """Write every graph before and after each pass, what changed, and report.json."""
+    """Write every graph before and after each pass, what changed, the kernels its linears run on CUDA, report.json."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         wanted = "a new or empty directory: stale graphs would mix with new ones"
         raise BadOption(where="dump", name="OUTPUT", got=str(output), wanted=wanted)
-    reports = _reports(model, tokens, dtype, device, passes, {"dump": str(output)})
+    loaded, reports = _reports(model, tokens, dtype, device, passes, {"dump": str(output)})
+    for report in reports:
+        _emit_kernels(loaded.model, report, tokens, target, output / report.graph / "kernels")
     if as_json:
         show_json([report.to_dict() for report in reports])
         return
@@ -62,7 +65,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say which linears become elastic, which do not and why, and what each pass did. Nothing is compiled."""
-    reports = _reports(model, tokens, dtype, device, passes, {})
+    _, reports = _reports(model, tokens, dtype, device, passes, {})
     if as_json:
         show_json([report.to_dict() for report in reports])
         return
@@ -83,8 +86,8 @@ def explain(
 
 def _reports(
     source: str, tokens: int, dtype: str | None, device: str, passes: str | None, options: dict[str, Any]
-) -> list[Any]:
-    """Run the pipeline over a model's graphs, Inductor left out."""
+) -> tuple[Any, list[Any]]:
+    """Run the pipeline over a model's graphs, Inductor left out; returns what was loaded, and the reports."""
     positive(tokens, "--tokens")
     if passes is not None:
         options["passes"] = _check_passes(passes)
@@ -96,7 +99,31 @@ def _reports(
         loaded = load(source, device, dtype, report)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=loaded.device)
     cache = {"use_cache": False} if hasattr(loaded.model.config, "use_cache") else {}
-    return dry_run(loaded.model, ids, options=options, **cache)
+    return loaded, dry_run(loaded.model, ids, options=options, **cache)
+
+
+def _emit_kernels(model: Any, report: Any, tokens: int, cc: int, directory: Path) -> None:
+    """Write the Triton source of every kernel that the elastic linears of a graph run: one token, and `tokens`."""
+    from mobiquant_compiler.codegen import cache, configs
+    from mobiquant_compiler.linear import elastic_linears
+    from mobiquant_compiler.runtime.weights import BOUND
+    from mobiquant_compiler.spec import Family
+    from mobiquant_compiler.wiring import _router_spec
+
+    target = configs.Target.of(cc)
+    linears = elastic_linears(model) or BOUND.of_model(model)
+    facts = {
+        (m.spec, m.in_features, m.bias is not None) for name, m in linears.items() if name in report.coverage.rewritten
+    }
+    specs = set()
+    for spec, k, has_bias in facts:
+        for count in {configs.TokenClass.of(1), configs.TokenClass.of(tokens)}:
+            multiply = Family.DECODE if count is configs.TokenClass.ONE else Family.GROUPED
+            specs.add(configs.kernel_spec(Family.ROUTE, _router_spec(spec.num_slices), k, count, target))
+            specs.add(configs.kernel_spec(Family.QUANTIZE, spec, k, count, target))
+            specs.add(configs.kernel_spec(multiply, spec, k, count, target, has_bias=has_bias))
+    for kernel in specs:
+        cache.emit(kernel, directory)
 
 
 def _check_passes(text: str) -> tuple[str, ...]:

@@ -278,6 +278,8 @@ class TestGraphs:
         names = {p.name for p in folder.iterdir()}
         assert {"00-input.fx", "01-normalise-linears.fx", "01-normalise-linears.diff", "report.json"} <= names
         assert str(folder / "report.json") in out.replace("\n", "")
+        kernels = {p.name.partition("__")[0] for p in (folder / "kernels").iterdir()}
+        assert kernels == {"route", "quantize_activation", "decode_gemv", "grouped_gemm"}
         assert len(json.loads((folder / "report.json").read_text())["coverage"]["rewritten"]) == 7
 
     def test_dump_leaves_a_directory_in_use_alone(
