@@ -105,6 +105,7 @@ def _row(loaded: Loaded, runner: Any, text: Any, bits: float, tokens: int, repor
     used = used_bytes(loaded.model, mq.achieved_bits(loaded.model)) / 1e6
     with mq.budget(loaded.model, bits):
         speed, sample = _sample(loaded, runner, tokens)
+    report(f"sample at {bits:g} bits", 1, 1)
     return {**row, "tokens_per_s": speed, "used_mb": used, "sample": sample}
 
 
