@@ -106,7 +106,7 @@ def main() -> None:
     rows = []
     for text, ids in windows.items():
         rows += measure_text(compiled, ids, args.model, text, references[text], args.budgets)
-    out = args.out or record.RESULTS / args.device.split(":")[0] / "quality_datafree.json"
+    out = args.out or record.folder(args.device) / "quality_datafree.json"
     record.write(
         out,
         rows,

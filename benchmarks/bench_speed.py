@@ -29,7 +29,7 @@ def main() -> None:
     settings = Settings(args.prompt, args.tokens, args.repeat)
     rows = measure(args.model, args.methods, args.budgets, settings, args.device, args.dtype)
     device = rows[0]["device"]
-    out = args.out or record.RESULTS / device.split(":")[0] / "speed.json"
+    out = args.out or record.folder(device) / "speed.json"
     protocol = (
         f"median step of {args.tokens} new tokens after a prompt of {args.prompt}, spread half the quartile distance; "
         f"prefill is the median of {args.repeat} forward passes of the prompt"

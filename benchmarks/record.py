@@ -33,6 +33,11 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def folder(device: str) -> Path:
+    """Return where results of a device go: ``results/cpu``, or the accelerator's model, ``results/h200``."""
+    return RESULTS / (device_name(device).split()[-1].lower() if device.startswith("cuda") else "cpu")
+
+
 def commit() -> str:
     """Return the commit that is measured, with a mark where the tree differs from it."""
     try:

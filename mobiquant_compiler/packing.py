@@ -12,6 +12,8 @@ of the slices.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ def unit_views(slices: Tensor, spec: SliceSpec, count: int) -> list[Tensor]:
     The only place in Python that knows where a slice lies in the packed tensor.
     """
     n = slices.shape[1]
+    if spec.unit:  # units of one width: one view cut into pieces
+        return list(slices[: spec.bits(count)].view(-1, n, slices.shape[2] * spec.unit).unbind(0))
     views, start = [], 0
     for width in units(spec, count):
         views.append(slices[start : start + width].reshape(n, -1))
@@ -74,7 +78,18 @@ def unpack(slices: Tensor, spec: SliceSpec, count: int) -> Tensor:
     return combined
 
 
-def unpack_interleaved(views: list[Tensor], width: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _fields(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the shifts [1, 8 / width, 1] and the mask that take the codes out of a word, int32.
+
+    Tensors, not numbers: torch wraps and casts a Python number at every call, which costs more than the shift.
+    """
+    with torch.inference_mode(False):
+        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=device).view(1, -1, 1)
+        return shifts, torch.tensor(byte_mask(width), dtype=torch.int32, device=device)
+
+
+def unpack_interleaved(views: list[Tensor], width: int, scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Unpack slices of one width in the order that costs least, four codes at a time.
 
     Column ``k = per_word * w + 4 i + j`` lands at ``[n, i, 4 w + j]``; `interleave` brings activations into the
@@ -83,18 +98,24 @@ def unpack_interleaved(views: list[Tensor], width: int) -> Tensor:
     Args:
         views: Packed units of the slices used (`unit_views`, or some rows of each), int32 [N, words].
         width: Bits of each unit (`SliceSpec.unit`).
+        scratch: Two int32 tensors of at least ``N * words * 8 / width`` elements to work in, the result included.
 
     Returns:
         Combined codes uint8 [N, 8 / width, 4 * words].
     """
-    rows = []
-    for shift in range(0, 8, width):
-        combined = (views[0] >> shift).bitwise_and_(byte_mask(width))
-        for view in views[1:]:
-            unit = (view >> shift).bitwise_and_(byte_mask(width))
-            combined = torch.add(unit, combined, alpha=1 << width, out=unit)
-        rows.append(combined)
-    return torch.stack(rows, 1).view(torch.uint8)
+    n, words = views[0].shape
+    shifts, mask = _fields(width, views[0].device)
+    shape = (n, 8 // width, words)  # also the order of memory: what comes out of broadcasting would be another
+    if scratch is None:
+        scratch = (mask.new_empty(shape), mask.new_empty(shape))
+    places = [buffer.view(-1)[: n * words * 8 // width].view(shape) for buffer in scratch]
+    combined: Tensor | None = None
+    for number, view in enumerate(views):
+        unit = places[number % 2]
+        torch.bitwise_right_shift(view.unsqueeze(1), shifts, out=unit).bitwise_and_(mask)
+        combined = unit if combined is None else torch.add(unit, combined, alpha=1 << width, out=unit)
+    assert combined is not None, "at least one slice is used"
+    return combined.view(torch.uint8)
 
 
 def interleave(x: Tensor, spec: SliceSpec) -> Tensor:
