@@ -8,8 +8,7 @@ most (the first slice count with at least four bits) wins:
   scales from the smallest that covers the range upward.
 
 No candidate clips: the base scale decides every precision, and what it cuts off no further slice can bring back.
-Measured on SmolLM2 (WikiText-2, 8 windows, group 64, 4 bits uniform): centred 43.5, exact zero 41.8, this choice 38.6;
-at 6 and 8 bits the three differ by less than one percent.
+The choice matters at four bits; at six and eight the kinds of grid are as good as one another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ops of namespace ``mobiquant``: schema, fake, and the CPU and any-device implementations.
 
 `reference` is their semantics; CUDA kernels are registered by `wiring`. They are defined through
-`torch.library.Library`, whose Python implementations dispatch in a third of the time of `custom_op`
+`torch.library.Library`, whose Python implementations dispatch in less than half the time of `custom_op`
 (`benchmarks/bench_dispatch.py`): it counts at two hundred linears a token. No autograd: slices are not trained.
 """
 

@@ -72,8 +72,8 @@ def linear_kernels(
 
 
 @lru_cache(maxsize=64)
-def _router_spec(num_slices: int) -> SliceSpec:
-    # Routing sees the number of slices only; their widths do not matter to the kernel.
+def router_spec(num_slices: int) -> SliceSpec:
+    """Return the spec that route kernels are made for: they see the number of slices only, not their widths."""
     return SliceSpec((1,) * num_slices, 32)
 
 
@@ -83,7 +83,7 @@ def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor,
 
     if kind not in KERNEL_ROUTERS or not launch.takes(x):
         return reference.route(x, router, thresholds, hist, mask, kind)
-    kernel = route_kernel(_router_spec(hist.numel()), x.shape[-1], _token_class(x), target_of(x.device))
+    kernel = route_kernel(router_spec(hist.numel()), x.shape[-1], _token_class(x), target_of(x.device))
     return launch.route(kernel, x, router, thresholds, hist, mask)
 
 

@@ -108,7 +108,7 @@ def _emit_kernels(model: Any, report: Any, tokens: int, cc: int, directory: Path
     from mobiquant_compiler.linear import elastic_linears
     from mobiquant_compiler.runtime.weights import BOUND
     from mobiquant_compiler.spec import Family
-    from mobiquant_compiler.wiring import _router_spec
+    from mobiquant_compiler.wiring import router_spec
 
     target = configs.Target.of(cc)
     linears = elastic_linears(model) or BOUND.of_model(model)
@@ -119,7 +119,7 @@ def _emit_kernels(model: Any, report: Any, tokens: int, cc: int, directory: Path
     for spec, k, has_bias in facts:
         for count in {configs.TokenClass.of(1), configs.TokenClass.of(tokens)}:
             multiply = Family.DECODE if count is configs.TokenClass.ONE else Family.GROUPED
-            specs.add(configs.kernel_spec(Family.ROUTE, _router_spec(spec.num_slices), k, count, target))
+            specs.add(configs.kernel_spec(Family.ROUTE, router_spec(spec.num_slices), k, count, target))
             specs.add(configs.kernel_spec(Family.QUANTIZE, spec, k, count, target))
             specs.add(configs.kernel_spec(multiply, spec, k, count, target, has_bias=has_bias))
     for kernel in specs:
