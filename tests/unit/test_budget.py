@@ -223,6 +223,19 @@ def test_unequal_widths_and_one_slice():
             assert float(run(model)) == pytest.approx(bits, abs=0.15), widths
 
 
+def test_between_anchors_the_threshold_is_interpolated():
+    both = routers([100, 300])
+    low = torch.linspace(-2, 2, 33).expand(2, -1)
+    high = low + 1  # the same scores, e times larger at the greater budget
+    anchors = torch.tensor([3.0, 5.0], dtype=torch.float64)
+    pair = CalibratedTable(anchors, torch.stack([low, high]))
+    one = CalibratedTable(anchors[:1], low.unsqueeze(0))
+    for budget, share in ((3.0, 0.0), (3.5, 0.25), (4.0, 0.5), (4.5, 0.75), (5.0, 1.0)):
+        shift = pair.thresholds(both, budget).log() - one.thresholds(both, budget).log()
+        # The grids of the two tables differ by a hundredth or so in the logarithm.
+        assert torch.allclose(shift, torch.full_like(shift, share), atol=0.03), (budget, shift)
+
+
 def test_calibrated_table_survives_scores_of_nothing():
     dead = CalibratedTable(torch.tensor([4.0]).double(), torch.zeros(1, 2, 257))
     assert dead.thresholds(routers([1, 1]), 5).isfinite().all()
