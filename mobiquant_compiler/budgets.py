@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mobiquant_compiler.errors import NotElastic
-from mobiquant_compiler.linear import MobiLinear, elastic_linears
+from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime import telemetry
 from mobiquant_compiler.runtime.budget import BudgetState, live_states
 from mobiquant_compiler.runtime.telemetry import AchievedBits
@@ -17,7 +17,7 @@ from mobiquant_compiler.runtime.weights import BOUND
 
 def _linears(model: nn.Module, where: str) -> dict[str, MobiLinear]:
     """Return the elastic linears of a model, or those bound to its plain weights by the backend."""
-    found = {name.replace("_orig_mod.", ""): linear for name, linear in elastic_linears(model).items()}
+    found = {plain_name(name): linear for name, linear in elastic_linears(model).items()}
     if found:
         return found
     bound = BOUND.of_model(model)

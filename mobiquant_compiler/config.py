@@ -74,6 +74,10 @@ class SliceConfig:
         """Say whether the linear `name` is included and not excluded."""
         return matches(name, self.include) and not matches(name, self.exclude)
 
+    def is_too_narrow(self, k: int) -> bool:
+        """Say whether a linear with `k` input columns is narrower than a group."""
+        return k < (GROUPS[-1] if self.group == "auto" else int(self.group))
+
     def limits(self, name: str) -> tuple[int, int]:
         """Return the floor and ceiling of slice counts for the linear `name`."""
         floors = [count for pattern, count in self.floor.items() if fnmatchcase(name, pattern)]

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from mobiquant_compiler.budgets import achieved_bits, budget, reset_telemetry
 from mobiquant_compiler.errors import EmptyBatch, TextMissing, TextTooShort
-from mobiquant_compiler.linear import MobiLinear, elastic_linears
+from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime.telemetry import AchievedBits
 
 WINDOWS, LENGTH = 40, 512
@@ -196,7 +196,7 @@ def used_bytes(model: nn.Module, achieved: AchievedBits) -> float:
     """Return the bytes of slices, scales and zero points that a token reads on average, over all elastic linears."""
     total = 0.0
     for name, linear in elastic_linears(model).items():
-        total += _linear_bytes(linear, achieved.layers[name.replace("_orig_mod.", "")])
+        total += _linear_bytes(linear, achieved.layers[plain_name(name)])
     return total
 
 

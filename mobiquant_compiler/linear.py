@@ -234,6 +234,11 @@ def column_energy(scale: Tensor, spec: SliceSpec, k: int, sensitivity: Tensor | 
     return squares.sum(0).repeat_interleave(spec.group)[:k].float()
 
 
+def plain_name(name: str) -> str:
+    """Return a module or parameter name without what torch.compile's wrappers put into it."""
+    return name.replace("_orig_mod.", "")
+
+
 def elastic_linears(model: nn.Module) -> dict[str, MobiLinear]:
     """Return the elastic linears of a model by name, each module once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MobiLinear)}

@@ -77,7 +77,7 @@ def _skip_reason(
     if not config.selects(name):
         return Skip(name, SkipReason.EXCLUDED)
     n, k = weight_of(module).shape
-    if k < 32 or (config.group != "auto" and k < int(config.group)):
+    if config.is_too_narrow(k):
         return Skip(name, SkipReason.TOO_NARROW, f"{n} x {k}")
     if module.weight.dtype not in WEIGHT_DTYPES:
         return Skip(name, SkipReason.DTYPE, str(module.weight.dtype))

@@ -27,10 +27,8 @@ from mobiquant_compiler.checkpoint.files import (
     write_shards,
 )
 from mobiquant_compiler.errors import BadOption, CheckpointInTheWay, CheckpointMismatch, NotElastic
-from mobiquant_compiler.linear import MobiLinear, Router, elastic_linears
+from mobiquant_compiler.linear import MobiLinear, Router, elastic_linears, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable
-
-_WRAPPER = "_orig_mod."  # torch.compile puts it into names
 
 
 def save(model: nn.Module, directory: str | Path, *, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -93,7 +91,7 @@ def _publish(temporary: Path, directory: Path) -> None:
 
 def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     """Return what config.json says and the tensors to store, each once."""
-    linears = {name.replace(_WRAPPER, ""): linear for name, linear in elastic_linears(model).items()}
+    linears = {plain_name(name): linear for name, linear in elastic_linears(model).items()}
     if not linears:
         raise NotElastic(where="save", model=type(model).__name__)
     members: dict[Router, list[str]] = {}
@@ -148,16 +146,14 @@ def _facts(linear: MobiLinear) -> LinearFacts:
 
 def _stored(model: nn.Module, prefixes: set[str], linears: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors to store and the other names of tied ones; shared routers and shared linears count once."""
-    names = {
-        n.replace(_WRAPPER, "") for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MobiLinear)
-    }
+    names = {plain_name(n) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MobiLinear)}
     again = tuple(f"{name}." for name in names - linears)
     routers = {f"{name}.router" for name in linears}
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
-        name = name.replace(_WRAPPER, "")
+        name = plain_name(name)
         owner, _, key = name.rpartition(".")
         if name.startswith(again):
             continue

@@ -96,7 +96,7 @@ def _decline(
     if example.dtype not in WEIGHT_DTYPES:
         return Skip(name, SkipReason.DTYPE, str(example.dtype))
     n, k = _shape(example, weight[1])
-    if k < 32 or (config.group != "auto" and k < int(config.group)):
+    if config.is_too_narrow(k):
         return Skip(name, SkipReason.TOO_NARROW, f"{n} x {k}")
     if torch.is_grad_enabled() and example.requires_grad:
         raise TrainingGraph(what=f"the weight of {name}")

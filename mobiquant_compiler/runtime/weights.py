@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mobiquant_compiler.linear import MobiLinear, TokenMask
+from mobiquant_compiler.linear import MobiLinear, TokenMask, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState
 from mobiquant_compiler.spec import SliceSpec
 
@@ -104,7 +104,7 @@ class WeightTable:
         """Return the bound linears of a model's parameters, by layer name (with a number where one has several)."""
         found = {}
         for name, parameter in model.named_parameters():
-            layer = name.replace("_orig_mod.", "").removesuffix(".weight")
+            layer = plain_name(name).removesuffix(".weight")
             for number, entry in zip(count(), self._entries.get(parameter, {}).values()):
                 found[f"{layer}#{number}" if number else layer] = entry.linear
         return found
