@@ -21,12 +21,15 @@ from mobiquant_compiler.budgets import (
 )
 from mobiquant_compiler.config import CompileConfig, SliceConfig
 from mobiquant_compiler.errors import MobiQuantError
+from mobiquant_compiler.execution import set_execution
 from mobiquant_compiler.linear import MobiLinear
 from mobiquant_compiler.quantize import quantize_
 from mobiquant_compiler.report import Coverage, Skip, SkipReason
+from mobiquant_compiler.runtime.paths import execution_paths, reset_execution_paths
 from mobiquant_compiler.runtime.telemetry import AchievedBits
 from mobiquant_compiler.slices import output_bound, slice_bound
 from mobiquant_compiler.spec import Layout, SliceSpec
+from mobiquant_compiler.warmup import WarmupReport, warmup
 
 if TYPE_CHECKING:
     from mobiquant_compiler.checkpoint import load, load_into, save
@@ -43,8 +46,10 @@ __all__ = [
     "SkipReason",
     "SliceConfig",
     "SliceSpec",
+    "WarmupReport",
     "achieved_bits",
     "budget",
+    "execution_paths",
     "get_budget",
     "load",
     "load_into",
@@ -52,10 +57,13 @@ __all__ = [
     "padding_mask",
     "quantize_",
     "refresh",
+    "reset_execution_paths",
     "reset_telemetry",
     "save",
     "set_budget",
+    "set_execution",
     "slice_bound",
+    "warmup",
 ]
 
 

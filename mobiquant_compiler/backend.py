@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from mobiquant_compiler.budgets import set_initial_budget
 from mobiquant_compiler.config import CompileConfig
 from mobiquant_compiler.dump import DumpObserver, GraphReport, trace_artifact, write_report
-from mobiquant_compiler.errors import StrictSkip, UnknownOption
+from mobiquant_compiler.errors import BadOption, StrictSkip, UnknownOption
 from mobiquant_compiler.passes import DEFAULT_PIPELINE, PassContext, PassManager, PassReport, load_pass
 from mobiquant_compiler.passes.edit import as_static_fakes, own_graph
 from mobiquant_compiler.passes.manager import op_counts
@@ -81,10 +81,20 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Compil
 
 
 def pipeline(config: CompileConfig) -> list[str]:
-    """Return the passes to run, as ``name`` or ``name{option=value}``."""
+    """Return the passes to run, as ``name`` or ``name{option=value}``.
+
+    Raises:
+        BadOption: passes were chosen without the one that another option needs.
+    """
     if config.passes is None:
         return list(DEFAULT_PIPELINE)
-    return [text for entry in config.passes for text in split_pipeline(entry)]
+    chosen = [text for entry in config.passes for text in split_pipeline(entry)]
+    for name in ("activation", "prefill"):
+        value = getattr(config, name)
+        if value is not None and "set-execution" not in chosen:
+            wanted = "the pass set-execution among `passes`, which applies it"
+            raise BadOption(where="backend 'mobiquant'", name=name, got=value, wanted=wanted)
+    return chosen
 
 
 def _inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None, config: CompileConfig) -> Compiled:

@@ -15,7 +15,7 @@ from mobiquant_compiler.runtime.telemetry import AchievedBits
 from mobiquant_compiler.runtime.weights import BOUND
 
 
-def _linears(model: nn.Module, where: str) -> dict[str, MobiLinear]:
+def linears_of(model: nn.Module, where: str) -> dict[str, MobiLinear]:
     """Return the elastic linears of a model, or those bound to its plain weights by the backend."""
     found = {plain_name(name): linear for name, linear in elastic_linears(model).items()}
     if found:
@@ -44,7 +44,7 @@ def set_budget(model: nn.Module, bits: float) -> None:
         NotElastic: the model has no elastic linear.
         BudgetOutOfRange: names the range; nothing is changed.
     """
-    states = _states(_linears(model, "set_budget"))
+    states = _states(linears_of(model, "set_budget"))
     for state in states:
         state.check(bits)
     for state in states:
@@ -63,13 +63,13 @@ def set_initial_budget(inputs: Sequence[object], bits: float | None) -> None:
 
 def get_budget(model: nn.Module) -> float:
     """Return the budget in force (of the first group of linears that share one)."""
-    return _states(_linears(model, "get_budget"))[0].budget
+    return _states(linears_of(model, "get_budget"))[0].budget
 
 
 @contextmanager
 def budget(model: nn.Module, bits: float) -> Iterator[None]:
     """Run a block at another budget, then return to the one before."""
-    states = _states(_linears(model, "budget"))
+    states = _states(linears_of(model, "budget"))
     before = [state.budget for state in states]
     set_budget(model, bits)
     try:
@@ -81,12 +81,12 @@ def budget(model: nn.Module, bits: float) -> Iterator[None]:
 
 def achieved_bits(model: nn.Module) -> AchievedBits:
     """Return the average weight bits that tokens really used since `reset_telemetry`, in all and per linear."""
-    return telemetry.achieved(_linears(model, "achieved_bits"))
+    return telemetry.achieved(linears_of(model, "achieved_bits"))
 
 
 def reset_telemetry(model: nn.Module) -> None:
     """Start counting slice counts anew."""
-    telemetry.reset(_linears(model, "reset_telemetry"))
+    telemetry.reset(linears_of(model, "reset_telemetry"))
 
 
 def refresh(model: nn.Module) -> int:
@@ -112,5 +112,5 @@ def padding_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     Raises:
         MaskTooLong: more tokens than can be told apart.
     """
-    with telemetry.masked(_linears(model, "padding_mask"), mask):
+    with telemetry.masked(linears_of(model, "padding_mask"), mask):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mobiquant_compiler.errors import BadOption, UnknownOption
-from mobiquant_compiler.spec import GROUPS, Layout, SliceSpec, choose_group
+from mobiquant_compiler.spec import GROUPS, Activation, Layout, Prefill, SliceSpec, choose_group
 
 SCOPES = ("input", "linear")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -116,6 +116,8 @@ class CompileConfig:
         budget: Average weight bits to start with; None leaves the model's own.
         checkpoint: Directory whose slices are used for a plain model's weights.
         strict: Make a linear that is not rewritten an error.
+        activation: "a16" or "a8", see `set_execution`; None leaves what the modules say ("a16" for plain models).
+        prefill: "routed", "full" or "exact", likewise ("routed" for plain models).
         passes: Names of the passes to run, in order; None is the default pipeline.
         dump: Directory for graphs before and after each pass, kernels and report.json.
         slices: How weights of a plain model become slices.
@@ -125,6 +127,8 @@ class CompileConfig:
     budget: float | None = None
     checkpoint: str | None = None
     strict: bool = False
+    activation: str | None = None
+    prefill: str | None = None
     passes: tuple[str, ...] | None = None
     dump: str | None = None
     slices: SliceConfig = field(default_factory=SliceConfig)
@@ -141,6 +145,8 @@ class CompileConfig:
         checks = (
             ("budget", self.budget is None or (is_number(self.budget) and self.budget > 0), "a number of bits above 0"),
             ("strict", isinstance(self.strict, bool), "True or False"),
+            ("activation", self.activation is None or self.activation in tuple(Activation), Activation.wanted()),
+            ("prefill", self.prefill is None or self.prefill in tuple(Prefill), Prefill.wanted()),
             ("slices", isinstance(self.slices, SliceConfig), "a SliceConfig or its fields"),
             ("passes", self.passes is None or _are_names(self.passes), "names of passes"),
             ("inductor", isinstance(self.inductor, Mapping), "a dict of Inductor options"),

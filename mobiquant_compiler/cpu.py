@@ -17,7 +17,7 @@ from torch.nn.functional import linear, pad
 from mobiquant_compiler import reference
 from mobiquant_compiler.packing import interleave, unit_views, unpack, unpack_interleaved
 from mobiquant_compiler.slices import affine_at, reconstruct
-from mobiquant_compiler.spec import SliceSpec
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
 _CHUNK = 1 << 20  # weights unpacked at a time: a float32 tile of 4 MB; smaller ones pay more in calls than they save
 
@@ -85,10 +85,18 @@ def _matmul(x: Tensor, count: int, slices: Tensor, scale: Tensor, zero: Tensor, 
     return y
 
 
-def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor, kind: str) -> Tensor:
+def route(
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
+    kind: str,
+    prefill: Prefill = Prefill.ROUTED,
+) -> Tensor:
     """`reference.route`; one token is counted without building index tensors."""
     if x.numel() != x.shape[-1]:
-        return reference.route(x, router, thresholds, hist, mask, kind)
+        return reference.route(x, router, thresholds, hist, mask, kind, prefill)
     scores = reference.SCORES[kind](x.view(1, -1), router)
     # Numbers instead of tensors: a dozen calls on three elements would cost as much as the linear itself.
     count = 1
@@ -103,34 +111,73 @@ def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor,
 
 
 def slice_gemm(
-    x: Tensor, offsets: Tensor, slices: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, spec: SliceSpec
+    x: Tensor,
+    offsets: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
     """`reference.slice_gemm` without a second copy of the weight."""
-    dtype = reference.accumulate_dtype(x)
-    grouped = _activations(x, spec, dtype)
-    y = torch.empty(x.shape[0], scale.shape[0], dtype=dtype)
-    limits = offsets.tolist()
+    grouped = _activations(x, spec, reference.accumulate_dtype(x))
+    return _finish(_multiply(grouped, offsets.tolist(), slices, scale, zero, spec), bias, x.dtype)
+
+
+def _multiply(
+    grouped: Tensor, limits: Sequence[int], slices: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec
+) -> Tensor:
+    """Multiply activations (from `_activations`) whose slice counts change at `limits`, [T, N]."""
+    y = grouped.new_empty(grouped.shape[0], scale.shape[0])
     for count in range(1, spec.num_slices + 1):
         start, stop = limits[count - 1], limits[count]
         if start < stop:
             y[start:stop] = _matmul(grouped[start:stop], count, slices, scale, zero, spec)
-    return _finish(y, bias, x.dtype)
+    return y
 
 
 def routed_linear(
-    x: Tensor, counts: Tensor, slices: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, spec: SliceSpec
+    x: Tensor,
+    counts: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
     """`reference.routed_linear`; tokens that all use one count are not reordered."""
+    return routed_linears(x, counts, [slices], [scale], [zero], [bias], spec)[0]
+
+
+def routed_linears(
+    x: Tensor,
+    counts: Tensor,
+    slices: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
+) -> list[Tensor]:
+    """`reference.routed_linears`; activations are grouped and brought into the order of the codes once for all."""
     flat = counts.reshape(-1)
     if flat.numel() == 0:
-        return x.new_empty(*counts.shape, scale.shape[0])
+        return [x.new_empty(*counts.shape, weight.shape[0]) for weight in scale]
+    weights = list(zip(slices, scale, zero, strict=True))
     low, high = (int(flat), int(flat)) if flat.numel() == 1 else (int(flat.min()), int(flat.max()))
-    if low != high:
-        rows, offsets, grouped = reference.gather(x, counts, spec.num_slices)
-        return reference.scatter(slice_gemm(grouped, offsets, slices, scale, zero, bias, spec), rows, counts)
-    tokens = _activations(x.reshape(-1, x.shape[-1]), spec, reference.accumulate_dtype(x))
-    y = _matmul(tokens, low, slices, scale, zero, spec)
-    return _finish(y, bias, x.dtype).view(*counts.shape, -1)
+    if low == high:
+        tokens = _activations(x.reshape(-1, x.shape[-1]), spec, reference.accumulate_dtype(x))
+        products = [_finish(_matmul(tokens, low, *w, spec), b, x.dtype) for w, b in zip(weights, bias, strict=True)]
+        return [y.view(*counts.shape, y.shape[-1]) for y in products]
+    rows, offsets, grouped = reference.gather(x, counts, spec.num_slices)
+    grouped, limits = _activations(grouped, spec, reference.accumulate_dtype(x)), offsets.tolist()
+    products = [_finish(_multiply(grouped, limits, *w, spec), b, x.dtype) for w, b in zip(weights, bias, strict=True)]
+    return [reference.scatter(y, rows, counts) for y in products]
 
 
 def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

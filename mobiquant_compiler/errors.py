@@ -60,6 +60,13 @@ class BadSliceSpec(ConfigError):
     message = "slice spec: {name} got {got!r}; wanted {wanted}."
 
 
+class NotQuantized(ConfigError):
+    message = (
+        "{where}: {model} has no elastic linear of its own; call mobiquant_compiler.quantize_(model) first, or give "
+        "what you want of a plain model to torch.compile, in `options`."
+    )
+
+
 # --- weights -----------------------------------------------------------------------------------------
 
 
@@ -181,6 +188,14 @@ class KernelDoesNotFit(CodegenError):
         "kernel {family}: no configuration fits {target} for {spec} (least shared memory {got} bytes, limit {wanted}). "
         "Use a smaller group, or report this target."
     )
+
+
+class BadCrossover(CodegenError):
+    message = "crossover table {path}: {reason}. Delete it, or measure a new one with `mobiquant tune`."
+
+
+class CannotTune(CodegenError):
+    message = "tune: {reason}; wanted {wanted}."
 
 
 class TritonMissing(CodegenError):

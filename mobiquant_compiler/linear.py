@@ -12,7 +12,7 @@ from mobiquant_compiler.errors import BadWeightShape, TrainingGraph
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import slice_weight
-from mobiquant_compiler.spec import SliceSpec
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
 MASK_CAPACITY = 65536  # tokens of one call that padding can be told apart in
 
@@ -56,7 +56,8 @@ class Router(_KeepsDtype):
     Attributes:
         energy: float32 [K], predicted growth of the loss per squared activation at the base slice, over parameters.
         gain: float32 [E - 1], see `score_gain`.
-        thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it. Written by `set_budget` only.
+        thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it, by a ceiling and at every budget.
+            Written by `set_budget` only.
         hist: int64 [E], tokens seen by slice count (telemetry).
         kind: Which score function (`reference.SCORES`).
         widths: Slice widths.
@@ -115,6 +116,9 @@ class MobiLinear(_KeepsDtype):
         zero: Base zero point, same shape.
         bias: [N] or None.
         router: Shared with the linears that read the same input.
+        activation: Fixed-point width of activations in the integer kernels, "a16" or "a8".
+        prefill: How calls of many tokens are done, see `spec.Prefill`. Both are set by `set_execution`, and neither is
+            part of a checkpoint.
     """
 
     slices: Tensor
@@ -138,6 +142,7 @@ class MobiLinear(_KeepsDtype):
         self.fingerprint: str | None = None  # of the original weight, to find its slices again
         self.spec = spec
         self.widths, self.group, self.layout = list(spec.widths), spec.group, str(spec.layout)
+        self.activation, self.prefill = str(Activation.A16), str(Prefill.ROUTED)
         self.in_features, self.out_features = in_features, slices.shape[1]
         self.register_buffer("slices", slices)
         self.register_buffer("scale", scale)
@@ -194,6 +199,8 @@ class MobiLinear(_KeepsDtype):
             self.widths,
             self.group,
             self.layout,
+            self.activation,
+            self.prefill,
         )
 
     @property

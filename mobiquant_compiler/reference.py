@@ -1,4 +1,7 @@
-"""The meaning of every op, in plain torch on any device: slow, short, and what each kernel is checked against."""
+"""The meaning of every op, in plain torch on any device: slow, short, and what each kernel is checked against.
+
+Linears take `activation` and `prefill` like kernels do and give the same result for any of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.slices import reconstruct
-from mobiquant_compiler.spec import SliceSpec
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -50,14 +53,32 @@ def record(counts: Tensor, hist: Tensor, mask: Tensor) -> None:
     hist.scatter_add_(0, counts.reshape(-1).long() - 1, real)
 
 
-def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor, kind: str) -> Tensor:
+def uses_all_slices(x: Tensor, prefill: Prefill) -> bool:
+    """Say whether a call gives each token [..., K] of `x` all slices, whatever its score and the budget."""
+    return prefill is Prefill.FULL and x.shape[:-1].numel() > PREFILL_TOKENS
+
+
+def route(
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
+    kind: str,
+    prefill: Prefill = Prefill.ROUTED,
+) -> Tensor:
     """Choose a slice count per token: slice e is used iff slice e - 1 is and ``score_e >= threshold_e``.
+
+    A call that `uses_all_slices` asks for no scores: slice e is used iff slice e - 1 is and ``threshold_e`` is not
+    ``inf``. Budgets write finite thresholds and ``-inf`` only, ``inf`` is a layer's ceiling.
 
     Shapes: x [..., K]; thresholds float32 [E - 1]; returns int32 [...] in 1..E. `hist` is updated (`record`).
     """
-    scores = SCORES[kind](x.reshape(-1, x.shape[-1]), router)
-    used = (scores >= thresholds).to(torch.int32)
-    counts = 1 + used.cumprod(-1).sum(-1, dtype=torch.int32)
+    if uses_all_slices(x, prefill):
+        used = (thresholds != torch.inf).expand(x.shape[:-1].numel(), -1)
+    else:
+        used = SCORES[kind](x.reshape(-1, x.shape[-1]), router) >= thresholds
+    counts = 1 + used.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
     record(counts, hist, mask)
     return counts.to(torch.int32).view(x.shape[:-1])
 
@@ -83,6 +104,8 @@ def slice_gemm(
     zero: Tensor,
     bias: Tensor | None,
     spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
     """Multiply grouped tokens by the weight of their slice count.
 
@@ -123,6 +146,8 @@ def routed_linear(
     zero: Tensor,
     bias: Tensor | None,
     spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
     """Gather, multiply and scatter in one: `slice_gemm` for tokens in their own order.
 
@@ -130,3 +155,22 @@ def routed_linear(
     """
     rows, offsets, grouped = gather(x, counts, spec.num_slices)
     return scatter(slice_gemm(grouped, offsets, slices, scale, zero, bias, spec), rows, counts)
+
+
+def routed_linears(
+    x: Tensor,
+    counts: Tensor,
+    slices: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
+) -> list[Tensor]:
+    """Multiply tokens by several weights of one spec: a `routed_linear` each, of the same tokens and counts.
+
+    Shapes: x [..., K]; counts int32 [...]; of weight i as in `slice_gemm`, with its own N_i; returns [..., N_i] each.
+    """
+    weights = zip(slices, scale, zero, bias, strict=True)
+    return [routed_linear(x, counts, *weight, spec, activation, prefill) for weight in weights]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Self
 
-from mobiquant_compiler.errors import BadKernelSpec, BadSliceSpec
+from mobiquant_compiler.errors import BadKernelSpec, BadOption, BadSliceSpec
 
 GROUPS = (128, 64, 32)
 WORD_CODES = 32  # one plane word holds one bit of 32 consecutive columns
+PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
+MAX_SIBLINGS = 4  # linears of one launch
 
 
 class Layout(StrEnum):
@@ -21,18 +24,47 @@ class Layout(StrEnum):
     BIT_MAJOR = "bit_major"
 
 
-class Activation(StrEnum):
+class _Choice(StrEnum):
+    """What users and op arguments name by a string."""
+
+    @classmethod
+    def of(cls, value: object, where: str) -> Self:
+        """Return the member of this value.
+
+        Raises:
+            BadOption: there is none; the message starts with `where`.
+        """
+        if value not in tuple(cls):
+            raise BadOption(where=where, name=cls.__name__.lower(), got=value, wanted=cls.wanted())
+        return cls(value)
+
+    @classmethod
+    def wanted(cls) -> str:
+        """Name the members, for messages."""
+        return f"one of {[str(member) for member in cls]}"
+
+
+class Activation(_Choice):
     """Fixed-point width of activations in the integer kernels."""
 
     A16 = "a16"
     A8 = "a8"
 
 
-class Order(StrEnum):
-    """Order that quantized activations are written in, for the kernel that reads them."""
+class Prefill(_Choice):
+    """How calls of more than `PREFILL_TOKENS` tokens are done; smaller ones are always routed, on the integer path."""
 
-    COLUMNS = "columns"  # column k at byte k
-    PLACES = "places"  # by place in a packed word: what one dot4 of the decode kernel takes lies together
+    ROUTED = "routed"  # every token its own slice count, by whatever path is fastest
+    FULL = "full"  # every token all slices that the layer's ceiling allows, whatever the budget
+    EXACT = "exact"  # routed on the integer path: no bit of a token's result depends on its batch
+
+
+class Path(StrEnum):
+    """How a call was done; `runtime.paths` counts them."""
+
+    INTEGER = "integer"  # exact integer products per group; no bit depends on the batch
+    WORKSPACE = "workspace"  # slices dequantized once, then a library's GEMM
+    REFERENCE = "reference"  # plain torch: no kernel takes these activations, or this device
 
 
 SLICE_WIDTHS = {Layout.SLICE_MAJOR: (1, 2, 4), Layout.BIT_MAJOR: (1, 2, 3, 4)}
@@ -117,10 +149,9 @@ def choose_group(k: int) -> int:
 class Family(StrEnum):
     """Kernel families, one template file each."""
 
-    ROUTE = "route"
-    QUANTIZE = "quantize_activation"
-    DECODE = "decode_gemv"
-    GROUPED = "grouped_gemm"
+    ROUTE_QUANTIZE = "route_quantize"
+    SLICED_MMA = "sliced_mma"
+    DEQUANTIZE = "dequantize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +166,19 @@ class KernelSpec:
         k: K_PADDED, padded input columns (a compile-time loop bound).
         activation: ACTIVATION fixed-point width.
         has_bias: HAS_BIAS.
-        block_m: BLOCK_M, tokens per tile (1 for decode).
+        parts: PARTS, weights that one launch multiplies by.
+        route: ROUTE, choose slice counts (route_quantize).
+        quantize: QUANTIZE, write activations in fixed point (route_quantize).
+        block_m: BLOCK_M, tokens per tile: 1, or blocks of eight.
         block_n: BLOCK_N, output rows per tile.
-        block_w: BLOCK_W, words or columns per step, whatever the family counts in.
+        block_w: BLOCK_W, columns per step.
         num_warps: Warps per program.
         num_stages: Software pipeline stages of the loop over columns.
-        order: ORDER that quantized activations are written in.
-        sorted_rows: SORTED_ROWS, tokens are taken in the order of a permutation (grouped by slice count).
-        emulate: EMULATE, spell out the dot product of four bytes (the interpreter runs no inline assembly).
+        overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
+        prefetch: PREFETCH, bring the base slice into the L2 cache while waiting for the kernel before.
+        max_registers: Registers a thread may use, 0 for as many as the compiler likes.
+        sorted_rows: SORTED_ROWS, tokens are grouped by slice count: every count in use is written (dequantize).
+        emulate: EMULATE, spell out in tensors what is inline assembly elsewhere (the interpreter runs none).
     """
 
     family: Family
@@ -152,12 +188,17 @@ class KernelSpec:
     k: int
     activation: Activation = Activation.A16
     has_bias: bool = False
+    parts: int = 1
+    route: bool = False
+    quantize: bool = False
     block_m: int = 1
     block_n: int = 1
     block_w: int = 32
     num_warps: int = 4
     num_stages: int = 1
-    order: Order = Order.COLUMNS
+    overlap: bool = False
+    prefetch: bool = False
+    max_registers: int = 0
     sorted_rows: bool = False
     emulate: bool = False
 
@@ -171,15 +212,20 @@ class KernelSpec:
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
         if self.num_stages < 1:
             raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
+        if not 1 <= self.parts <= MAX_SIBLINGS:
+            wanted = f"1 to {MAX_SIBLINGS}"
+            raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
 
     @property
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = {"places": self.order is Order.PLACES, "sorted": self.sorted_rows, "bias": self.has_bias}
-        marks = "".join(f"_{mark}" for mark, present in {**flags, "emulated": self.emulate}.items() if present)
-        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}p{self.num_stages}"
-        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{marks}_{tile}"
+        flags = ("route", "quantize", "overlap", "prefetch", "sorted_rows", "has_bias", "emulate")
+        marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
+        parts = f"_x{self.parts}" if self.parts > 1 else ""
+        limit = f"r{self.max_registers}" if self.max_registers else ""
+        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}p{self.num_stages}{limit}"
+        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{parts}{marks}_{tile}"
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, for headers and reports."""

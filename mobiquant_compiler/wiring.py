@@ -6,85 +6,179 @@ Importing this module registers them and imports neither triton nor a kernel; bo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mobiquant_compiler import ops, reference
-from mobiquant_compiler.spec import Activation, Family, SliceSpec
+from mobiquant_compiler.kernels import dequantize_kernel, multiply_kernel, prepare_kernel, router_spec, target_of
+from mobiquant_compiler.runtime import launch, paths
+from mobiquant_compiler.runtime import prefill as workspace
+from mobiquant_compiler.runtime.launch import Prepared, Weight
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
 
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.cache import Kernel
-    from mobiquant_compiler.codegen.configs import Target, TokenClass
-    from mobiquant_compiler.runtime.launch import LinearKernels
+    from mobiquant_compiler.codegen.crossover import Crossover
 
-_INTERPRETER_CC = 80  # tiles of the interpreter: those of the oldest target we test
 KERNEL_ROUTERS = ("energy",)
 
 
-@lru_cache(maxsize=64)
-def target_of(device: torch.device) -> Target:
-    """Return what kernels for `device` must fit; CPU tensors are the interpreter's."""
-    from mobiquant_compiler.codegen.configs import Target
-
-    if device.type != "cuda":
-        return Target.of(_INTERPRETER_CC)
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target.of(10 * major + minor)
+def _routes(x: Tensor, kind: str, prefill: Prefill) -> bool:
+    """Say whether a kernel routes; otherwise the reference does, which waits for nothing either where it is short."""
+    return kind in KERNEL_ROUTERS and not reference.uses_all_slices(x, prefill) and launch.takes(x)
 
 
-@cache
-def route_kernel(spec: SliceSpec, k: int, tokens: TokenClass, target: Target) -> Kernel:
-    """Return the route kernel for inputs of `k` columns."""
-    from mobiquant_compiler.codegen import cache, configs
+def route(
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
+    kind: str,
+    prefill: Prefill = Prefill.ROUTED,
+) -> Tensor:
+    """`reference.route` as one kernel; the reference where no token is looked at."""
+    if not _routes(x, kind, prefill):
+        return reference.route(x, router, thresholds, hist, mask, kind, prefill)
+    spec = router_spec(hist.numel())
+    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), Activation.A16, route=True, quantize=False)
+    return launch.prepare(kernel, x, router, thresholds, hist, mask).counts.view(x.shape[:-1])
 
-    return cache.load(configs.kernel_spec(Family.ROUTE, spec, k, tokens, target))
 
-
-@cache
-def linear_kernels(
+def prepare(
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
     spec: SliceSpec,
-    k: int,
-    tokens: TokenClass,
-    target: Target,
-    has_bias: bool,
     activation: Activation = Activation.A16,
-) -> LinearKernels:
-    """Return the kernels of a linear of `k` input columns for one class of token counts."""
-    from mobiquant_compiler.codegen import cache, configs, toolchain
-    from mobiquant_compiler.runtime.launch import LinearKernels
+) -> Prepared:
+    """Route and quantize tokens in one launch, for any number of linears that read them.
 
-    one = tokens is configs.TokenClass.ONE
-    quantize = configs.kernel_spec(Family.QUANTIZE, spec, k, tokens, target, activation=activation)
-    multiply = configs.kernel_spec(
-        Family.DECODE if one else Family.GROUPED,
+    Shapes: x [..., K]; router energy float32 [K] and gain float32 [E - 1]; thresholds float32 [E - 1]; hist int64 [E].
+    """
+    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=True, quantize=True)
+    return launch.prepare(kernel, x, router, thresholds, hist, mask)
+
+
+def with_counts(prepared: Prepared, counts: Tensor) -> Prepared:
+    """Return prepared tokens with other slice counts, int32 [T]."""
+    return replace(prepared, counts=counts)
+
+
+def multiply(
+    prepared: Prepared,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+) -> Tensor:
+    """Multiply prepared tokens by a weight, on the integer path; `reference.routed_linear` for the rest."""
+    return _multiply_all(prepared, [Weight(slices, scale, zero, bias)], spec, activation)[0]
+
+
+def _multiply_all(
+    prepared: Prepared, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
+) -> list[Tensor]:
+    """Multiply prepared tokens by several weights: one launch where a kernel serves them all, else one each."""
+    alike = len({(w.scale.dtype, None if w.bias is None else w.bias.dtype) for w in weights}) == 1
+    if len(weights) > 1 and not alike:
+        return [y for weight in weights for y in _multiply_all(prepared, [weight], spec, activation)]
+    rows = sum(weight.rows for weight in weights)
+    kernel = _multiply_kernel(weights, prepared.tokens, rows, prepared.columns, spec, activation)
+    return launch.multiply(kernel, prepared, weights)
+
+
+def _multiply_kernel(
+    weights: Sequence[Weight], tokens: int, n: int, k: int, spec: SliceSpec, activation: Activation
+) -> Kernel:
+    """Return the kernel that multiplies so many tokens by weights like these, of `n` output rows together."""
+    from mobiquant_compiler.codegen.configs import TokenClass
+
+    return multiply_kernel(
         spec,
+        n,
         k,
-        tokens,
-        target,
-        activation=activation,
-        has_bias=has_bias,
-        emulate=toolchain.interpreting(),
+        TokenClass.of(max(1, tokens)),
+        target_of(weights[0].slices.device),
+        activation,
+        has_bias=weights[0].bias is not None,
+        parts=len(weights),
     )
-    return LinearKernels(cache.load(quantize), cache.load(multiply))
 
 
 @lru_cache(maxsize=64)
-def router_spec(num_slices: int) -> SliceSpec:
-    """Return the spec that route kernels are made for: they see the number of slices only, not their widths."""
-    return SliceSpec((1,) * num_slices, 32)
+def _crossover(device: torch.device) -> Crossover:
+    from mobiquant_compiler.codegen import crossover
+
+    return crossover.load(torch.cuda.get_device_name(device))
 
 
-def route(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor, kind: str) -> Tensor:
-    """`reference.route` as one kernel."""
-    from mobiquant_compiler.runtime import launch
+def path_of(x: Tensor, n: int, spec: SliceSpec, prefill: Prefill) -> Path:
+    """Return how a call of `routed_linear` is done: by shapes, dtype and device alone.
 
-    if kind not in KERNEL_ROUTERS or not launch.takes(x):
-        return reference.route(x, router, thresholds, hist, mask, kind)
-    kernel = route_kernel(router_spec(hist.numel()), x.shape[-1], _token_class(x), target_of(x.device))
-    return launch.route(kernel, x, router, thresholds, hist, mask)
+    Args:
+        x: [..., K].
+        n: Output rows.
+        spec: Widths, group and layout.
+        prefill: What the user asked for.
+    """
+    if not launch.takes(x):
+        return Path.REFERENCE
+    tokens, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    if tokens <= PREFILL_TOKENS or prefill is Prefill.EXACT:
+        return Path.INTEGER
+    if prefill is Prefill.FULL:
+        return Path.WORKSPACE if x.is_cuda else Path.INTEGER
+    if workspace.supports(x, n, k) is not None:
+        return Path.INTEGER
+    return _crossover(x.device).path(tokens, n, k)
+
+
+def routed_linears(
+    x: Tensor,
+    counts: Tensor,
+    slices: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
+) -> list[Tensor]:
+    """`reference.routed_linears` by the path that suits the number of tokens; activations are prepared once."""
+    weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
+    path = path_of(x, max(weight.rows for weight in weights), spec, prefill)
+    paths.note(path, x.numel() // max(1, x.shape[-1]), len(weights))
+    if path is Path.REFERENCE:
+        return reference.routed_linears(x, counts, slices, scale, zero, bias, spec)
+    if path is Path.WORKSPACE:
+        return by_workspace(x, counts, weights, spec, prefill)
+    return _by_integers(x, counts, weights, spec, activation)
+
+
+def _by_integers(
+    x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
+) -> list[Tensor]:
+    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
+    return _multiply_all(launch.prepare(kernel, x, counts=counts), weights, spec, activation)
+
+
+def by_workspace(
+    x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, prefill: Prefill
+) -> list[Tensor]:
+    full = prefill is Prefill.FULL
+    kernel = dequantize_kernel(spec, x.shape[-1], target_of(x.device), sorted_rows=not full)
+    if full:  # all tokens have one count: nothing has to be sorted
+        return [workspace.uniform_linear(kernel, x, counts, w.slices, w.scale, w.zero, w.bias) for w in weights]
+    return workspace.workspace_linears(kernel, x, counts, weights)
 
 
 def routed_linear(
@@ -96,26 +190,64 @@ def routed_linear(
     bias: Tensor | None,
     spec: SliceSpec,
     activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
-    """`reference.routed_linear` as a quantize and a multiply kernel."""
-    from mobiquant_compiler.runtime import launch
-
-    if not launch.takes(x):
-        return reference.routed_linear(x, counts, slices, scale, zero, bias, spec)
-    kernels = linear_kernels(spec, x.shape[-1], _token_class(x), target_of(x.device), bias is not None, activation)
-    return launch.routed_linear(kernels, x, counts, slices, scale, zero, bias)
+    """`routed_linears` with one linear."""
+    return routed_linears(x, counts, [slices], [scale], [zero], [bias], spec, activation, prefill)[0]
 
 
 def slice_gemm(
-    x: Tensor, offsets: Tensor, slices: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, spec: SliceSpec
+    x: Tensor,
+    offsets: Tensor,
+    slices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+    prefill: Prefill = Prefill.ROUTED,
 ) -> Tensor:
     """`reference.slice_gemm` without waiting for the offsets."""
-    from mobiquant_compiler.runtime import launch
+    counts = launch.counts_of_offsets(offsets, x.shape[0])
+    return routed_linear(x, counts, slices, scale, zero, bias, spec, activation, prefill)
 
-    if not launch.takes(x):
-        return reference.slice_gemm(x, offsets, slices, scale, zero, bias, spec)
-    kernels = linear_kernels(spec, x.shape[-1], _token_class(x), target_of(x.device), bias is not None)
-    return launch.slice_gemm(kernels, x, offsets, slices, scale, zero, bias)
+
+def elastic_linears(
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
+    kind: str,
+    slices: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    spec: SliceSpec,
+    activation: Activation,
+    prefill: Prefill,
+) -> list[Tensor]:
+    """`reference.elastic_linears`: two launches on the integer path, one to route and quantize, one to multiply."""
+    n = max(weight.shape[1] for weight in slices)
+    if not _routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
+        counts = route(x, router, thresholds, hist, mask, kind, prefill)
+        return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
+    paths.note(Path.INTEGER, x.numel() // max(1, x.shape[-1]), len(slices))
+    prepared = prepare(x, router, thresholds, hist, mask, spec, activation)
+    weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
+    return _multiply_all(prepared, weights, spec, activation)
+
+
+def _elastic_linears(*args: Any) -> list[Tensor]:
+    """`elastic_linears` as its schema ends: widths, group, layout, activation, prefill."""
+    return ops.takes_spec(elastic_linears)(*args)
+
+
+def _elastic_linear(*args: Any) -> Tensor:
+    """`elastic_linears` with one linear, as the schema of `elastic_linear` has it."""
+    *router, slices, scale, zero, bias, widths, group, layout, activation, prefill = args
+    weight = ([slices], [scale], [zero], [bias])
+    return _elastic_linears(*router, *weight, widths, group, layout, activation, prefill)[0]
 
 
 def warm_kernels(
@@ -127,21 +259,23 @@ def warm_kernels(
     *,
     scale_dtype: torch.dtype = torch.float16,
     bias_dtype: torch.dtype | None = None,
+    parts: int = 1,
     max_tokens: int | None = None,
     activation: Activation = Activation.A16,
 ) -> int:
-    """Compile and load every kernel that a linear needs, so that none is compiled while a graph is captured.
+    """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
 
-    Kernels take the number of output rows at run time, so one row of zeros stands for the weight.
+    Kernels take the number of output rows at run time, so one row of zeros stands for each weight.
 
     Args:
-        spec: Widths, group and layout of the weight.
-        n: Output rows.
+        spec: Widths, group and layout of the weights.
+        n: Output rows of all weights of the launch.
         k: Input columns.
         x_dtype: Dtype of activations.
-        device: Where the linear will run.
+        device: Where it will run.
         scale_dtype: Dtype of scale and zero point.
         bias_dtype: Dtype of the bias, None where there is none.
+        parts: Weights of the launch.
         max_tokens: Leave out kernels for more tokens a call than this.
         activation: Fixed-point width of activations.
 
@@ -151,44 +285,52 @@ def warm_kernels(
     from mobiquant_compiler.codegen.configs import TokenClass
 
     device = torch.device(device)
-    rows = min(n, 1)
-    slices = torch.zeros(spec.packed_shape(rows, k), dtype=torch.int32, device=device)
-    scale = torch.zeros(spec.scale_shape(rows, k), dtype=scale_dtype, device=device)
-    bias = None if bias_dtype is None else torch.zeros(rows, dtype=bias_dtype, device=device)
-    router = (torch.zeros(k, device=device), torch.zeros(spec.num_slices - 1, device=device))
-    hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=device)
-    mask = torch.zeros(1, dtype=torch.int32, device=device)
-    launched = 0
-    for tokens in TokenClass:
-        if max_tokens is not None and tokens.sample > max_tokens:
-            continue
-        x = torch.zeros(tokens.sample, k, dtype=x_dtype, device=device)
-        counts = route(x, router, router[1], hist, mask, KERNEL_ROUTERS[0])
-        routed_linear(x, counts, slices, scale, scale, bias, spec, activation)
-        launched += 3
+    bias = None if bias_dtype is None else torch.zeros(1, dtype=bias_dtype, device=device)
+    scale = torch.zeros(spec.scale_shape(1, k), dtype=scale_dtype, device=device)
+    slices = torch.zeros(spec.packed_shape(1, k), dtype=torch.int32, device=device)
+    weights = [launch.Weight(slices, scale, scale, bias)] * parts
+    calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
+    launched = sum(
+        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation)
+        for tokens in calls
+        if max_tokens is None or tokens <= max_tokens
+    )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return launched
 
 
-def _token_class(x: Tensor) -> TokenClass:
-    from mobiquant_compiler.codegen.configs import TokenClass
-
-    return TokenClass.of(max(1, x.numel() // max(1, x.shape[-1])))
+def _warm_call(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, activation: Activation) -> int:
+    """Run every kernel that a call of as many tokens as `x` has can run; returns how many."""
+    gain = torch.zeros(spec.num_slices - 1, device=x.device)
+    router = (torch.zeros(x.shape[-1], device=x.device), gain)
+    hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
+    mask = torch.zeros(1, dtype=torch.int32, device=x.device)
+    counts = route(x, router, gain, hist, mask, KERNEL_ROUTERS[0])
+    quantize = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
+    launch.prepare(quantize, x, counts=counts)
+    kernel = _multiply_kernel(weights, x.shape[0], n, x.shape[-1], spec, activation)
+    launch.multiply(kernel, prepare(x, router, gain, hist, mask, spec, activation), weights)
+    if x.shape[0] <= PREFILL_TOKENS or workspace.supports(x, n, x.shape[-1]) is not None:
+        return 4
+    for prefill in (Prefill.ROUTED, Prefill.FULL):
+        by_workspace(x, counts, weights, spec, prefill)
+    return 6
 
 
 def _register() -> None:
     implementations = {
-        "route": route,
+        "route": ops.takes_prefill(route),
         # Sorting and indexing by tensors stay on the device: the reference is what one would write.
         "gather": reference.gather,
         "slice_gemm": ops.takes_spec(slice_gemm),
         "scatter": reference.scatter,
         "routed_linear": ops.takes_spec(routed_linear),
-        "elastic_linear": ops.elastic_by(route, routed_linear),
+        "elastic_linear": _elastic_linear,
+        "routed_linears": ops.takes_spec(routed_linears),
+        "elastic_linears": _elastic_linears,
     }
-    for name, implementation in implementations.items():
-        ops.LIBRARY.impl(name, implementation, "CUDA")
+    ops.implement(implementations, "CUDA")
 
 
 _register()

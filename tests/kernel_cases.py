@@ -23,6 +23,8 @@ SPECS = (
     SliceSpec((1,) * 8, 64, SLICE),
     SliceSpec((4, 4), 32, SLICE),
     SliceSpec((2,), 64, SLICE),
+    SliceSpec((4, 4), 128, SLICE),
+    SliceSpec((1, 1, 2, 4), 32, SLICE),
 )
 
 
@@ -55,6 +57,12 @@ def spec_id(spec: SliceSpec) -> str:
     return f"{''.join(map(str, spec.widths))}-g{spec.group}-{spec.layout}"
 
 
+def shares_runs(spec: SliceSpec) -> bool:
+    """Say whether a lane's words of a pair of groups are one or two words of each group, in every unit."""
+    units = {1} if spec.layout is Layout.BIT_MAJOR else set(spec.widths)
+    return all(spec.group * unit in (128, 256) for unit in units)
+
+
 def integer_case(
     spec: SliceSpec,
     tokens: int,
@@ -67,7 +75,11 @@ def integer_case(
     seed: int = 0,
     largest: int = 4,
 ) -> Case:
-    """Return small integers and power-of-two scales, for which every sum is exact in float32 (k up to 256)."""
+    """Return small integers and power-of-two scales, for which every sum is exact in float32 (k up to 2200).
+
+    A weight is a multiple of 2**-9 below 16 (fewer bits below the point where there are more above it), and an
+    activation an integer up to `largest`: sums of 2200 products have at most 24 bits.
+    """
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << spec.total_bits, (n, spec.padded(k)), generator=g, dtype=torch.uint8)
     codes[:, k:] = 0

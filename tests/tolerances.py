@@ -25,6 +25,15 @@ TOLERANCES = {
 }
 # A step of largest / 127: an rms error of 7e-3, five times that at the worst output.
 A8_TOLERANCE = Tolerance(4e-2, 8e-3, "8-bit fixed point")
+# Weights rounded to the dtype of activations: an rms error of 1.7e-3 (bfloat16) or 2.1e-4 (float16) of the output, five
+# times that at the worst of 1e6 outputs. Before a bias is added the product is rounded as well: by up to half a unit of
+# its own size, which the sum need not have.
+WORKSPACE_TOLERANCES = {
+    torch.float32: Tolerance(3e-5, 1e-5, "float32 sums in another order"),
+    torch.float16: Tolerance(4e-3, 1e-3, "weights, and outputs before the bias, rounded to 11 bits"),
+    torch.bfloat16: Tolerance(2e-2, 8e-3, "weights, and outputs before the bias, rounded to 8 bits"),
+}
+WORKSPACE_RMS = 3e-3  # of all outputs in bfloat16: weights and two roundings of the output 1.7e-3 each, uncorrelated
 
 
 class Relative(NamedTuple):
@@ -43,6 +52,17 @@ RESULTS = {
     torch.bfloat16: Relative(2**-7, "one rounding to 8 bits of mantissa at the end"),
     torch.float16: Relative(2**-10, "one rounding to 11 bits of mantissa at the end"),
 }
+
+
+# The integer path with float32 outputs, by the bits of its activations, in norm: the rms errors above are 4e-5 and
+# 7e-3 of the output for every width, group and layout.
+INTEGER_NORM = {"a16": Relative(1e-4, "16-bit fixed point"), "a8": Relative(1e-2, "8-bit fixed point")}
+
+
+def relative_norm(actual: Tensor, wanted: Tensor) -> float:
+    """Return the norm of the error over the norm of what was wanted."""
+    assert actual.shape == wanted.shape, f"{tuple(actual.shape)} is not {tuple(wanted.shape)}"
+    return float((actual.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
 
 
 def relative_error(actual: Tensor, wanted: Tensor) -> float:

@@ -96,6 +96,8 @@ def show_json(value: Any) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     return str(value)
@@ -116,6 +118,19 @@ def numbers(text: str, option: str) -> list[float]:
             where="command line", name=option, got=text, wanted="numbers separated by commas, as in 8,4.5,3"
         )
     return values
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers separated by commas.
+
+    Raises:
+        BadOption: names the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        wanted = "whole numbers separated by commas, as in 2,2,2,2"
+        raise BadOption(where="command line", name=option, got=text, wanted=wanted) from None
 
 
 def positive(value: int, option: str) -> int:

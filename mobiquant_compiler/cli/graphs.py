@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mobiquant_compiler.cli.console import out, positive, progress, show, show_json
-from mobiquant_compiler.cli.loading import MODEL_HELP, load
+from mobiquant_compiler.cli.emit import TARGET_HELP, check_target, kernels_for
+from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, trace
 from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.spec import PREFILL_TOKENS
+
+if TYPE_CHECKING:
+    from mobiquant_compiler.dump import GraphReport
 
 Passes = Annotated[
     str | None, typer.Option("--passes", "-p", help="Passes to run, as 'a,b{option=1}'; all by default.")
@@ -36,13 +41,14 @@ def dump(
     tokens: Tokens = 16,
     dtype: Dtype = None,
     device: Device = "auto",
-    target: Annotated[int, typer.Option(help="Compute capability that kernels are emitted for, as 90 for sm_90.")] = 90,
+    target: Annotated[int, typer.Option(help=TARGET_HELP)] = 90,
     as_json: AsJson = False,
 ) -> None:
     """Write every graph before and after each pass, what changed, the kernels its linears run on CUDA, report.json."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         wanted = "a new or empty directory: stale graphs would mix with new ones"
         raise BadOption(where="dump", name="OUTPUT", got=str(output), wanted=wanted)
+    check_target(target)
     loaded, reports = _reports(model, tokens, dtype, device, passes, {"dump": str(output)})
     for report in reports:
         _emit_kernels(loaded.model, report, tokens, target, output / report.graph / "kernels")
@@ -86,44 +92,24 @@ def explain(
 
 def _reports(
     source: str, tokens: int, dtype: str | None, device: str, passes: str | None, options: dict[str, Any]
-) -> tuple[Any, list[Any]]:
+) -> tuple[Loaded, list[GraphReport]]:
     """Run the pipeline over a model's graphs, Inductor left out; returns what was loaded, and the reports."""
     positive(tokens, "--tokens")
     if passes is not None:
         options["passes"] = _check_passes(passes)
-    import torch
-
-    from mobiquant_compiler.backend import dry_run
-
     with progress() as report:
         loaded = load(source, device, dtype, report)
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device=loaded.device)
-    cache = {"use_cache": False} if hasattr(loaded.model.config, "use_cache") else {}
-    return loaded, dry_run(loaded.model, ids, options=options, **cache)
+    return loaded, trace(loaded, tokens, options)
 
 
-def _emit_kernels(model: Any, report: Any, tokens: int, cc: int, directory: Path) -> None:
+def _emit_kernels(model: Any, report: GraphReport, tokens: int, cc: int, directory: Path) -> None:
     """Write the Triton source of every kernel that the elastic linears of a graph run: one token, and `tokens`."""
-    from mobiquant_compiler.codegen import cache, configs
-    from mobiquant_compiler.linear import elastic_linears
-    from mobiquant_compiler.runtime.weights import BOUND
-    from mobiquant_compiler.spec import Family
-    from mobiquant_compiler.wiring import router_spec
+    from mobiquant_compiler.codegen import cache
+    from mobiquant_compiler.launches import launches_of
 
-    target = configs.Target.of(cc)
-    linears = elastic_linears(model) or BOUND.of_model(model)
-    facts = {
-        (m.spec, m.in_features, m.bias is not None) for name, m in linears.items() if name in report.coverage.rewritten
-    }
-    specs = set()
-    for spec, k, has_bias in facts:
-        for count in {configs.TokenClass.of(1), configs.TokenClass.of(tokens)}:
-            multiply = Family.DECODE if count is configs.TokenClass.ONE else Family.GROUPED
-            specs.add(configs.kernel_spec(Family.ROUTE, router_spec(spec.num_slices), k, count, target))
-            specs.add(configs.kernel_spec(Family.QUANTIZE, spec, k, count, target))
-            specs.add(configs.kernel_spec(multiply, spec, k, count, target, has_bias=has_bias))
-    for kernel in specs:
-        cache.emit(kernel, directory)
+    launches = launches_of(model, "dump", names=report.coverage.rewritten)
+    for spec, _ in kernels_for(launches, cc, (1, tokens), tokens > PREFILL_TOKENS):
+        cache.emit(spec, directory)
 
 
 def _check_passes(text: str) -> tuple[str, ...]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobiquant_compiler.cli.console import Report
 from mobiquant_compiler.errors import BadOption
+
+if TYPE_CHECKING:
+    from mobiquant_compiler.dump import GraphReport
 
 MODEL_HELP = "A Hugging Face directory, a mobiquant checkpoint, or 'smollm2'."
 
@@ -58,6 +62,17 @@ def load(source: str, device: str, dtype: str | None, report: Report | None = No
     where = pick_device(device)
     model, tokenizer = load_model(source, dtype=parse_dtype(dtype) if dtype else None, device=where, progress=report)
     return Loaded(model, tokenizer, where)
+
+
+def trace(loaded: Loaded, tokens: int, options: Mapping[str, Any]) -> list[GraphReport]:
+    """Run the pipeline over the graphs of a model, Inductor left out; plain weights are sliced by it."""
+    import torch
+
+    from mobiquant_compiler.backend import dry_run
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=loaded.device)
+    cache = {"use_cache": False} if hasattr(loaded.model.config, "use_cache") else {}
+    return dry_run(loaded.model, ids, options=options, **cache)
 
 
 def text_windows(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:

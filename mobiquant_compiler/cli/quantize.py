@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json
+from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json, whole_numbers
 from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, text_windows
 from mobiquant_compiler.errors import BadOption
 
@@ -74,7 +74,12 @@ def _config(
     """Build the SliceConfig, before anything is loaded: mistakes cost nothing."""
     from mobiquant_compiler.config import SliceConfig
 
-    values: dict[str, Any] = {"layout": layout, "scope": scope, "group": _group(group), "widths": _widths(widths)}
+    values: dict[str, Any] = {
+        "layout": layout,
+        "scope": scope,
+        "group": _group(group),
+        "widths": whole_numbers(widths, "--widths"),
+    }
     if include:
         values["include"] = tuple(include)
     if exclude:
@@ -84,14 +89,6 @@ def _config(
 
 def _group(text: str) -> int | str:
     return int(text) if text.isdigit() else text
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        wanted = "whole numbers separated by commas, as in 2,2,2,2"
-        raise BadOption(where="command line", name="--widths", got=text, wanted=wanted) from None
 
 
 def _counts(entries: list[str] | None, option: str) -> dict[str, int]:

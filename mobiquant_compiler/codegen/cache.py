@@ -1,4 +1,13 @@
-"""Emitted kernels on disk and in memory: write the file, import it, hand out what it holds."""
+"""Emitted kernels on disk and in memory: write the file, import it, hand out what it holds.
+
+Two caches lie on disk. Ours holds source, one file a kernel in ``<cache>/kernels``, under a name with the `cache_key`:
+template, spec and triton's version. The text depends on nothing else, and on no target either: what a target decides
+(tile, overlap, registers) are fields of the spec. A file under the right name with other text is written anew.
+Triton's (``TRITON_CACHE_DIR``) holds binaries, keyed by the source with all that it calls, the compile options, the
+types and alignments of the arguments, the target and triton itself; so one file of ours serves any number of GPUs.
+In memory a kernel is loaded once (`load`), and Triton keeps a binary a device and set of types; `compiled_kernels`
+counts those.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +17,10 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +32,8 @@ from mobiquant_compiler.config import RuntimeConfig
 from mobiquant_compiler.spec import KernelSpec
 
 log = logging.getLogger(__name__)
+_LOADED: dict[KernelSpec, Kernel] = {}  # registry: kernels of this process
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +61,7 @@ class Kernel:
 
 
 def cache_key(spec: KernelSpec) -> str:
-    """Return the hash of all that the emitted file and its behaviour depend on."""
+    """Return the hash of all that the emitted file and its behaviour depend on, of which the target is no part."""
     fields = [f"{name}={value}" for name, value in spec.describe().items()]
     return hashlib.sha256("\n".join([fingerprint(spec.family), *fields]).encode()).hexdigest()[:16]
 
@@ -108,7 +120,6 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-@cache
 def load(spec: KernelSpec) -> Kernel:
     """Emit and import the kernel of `spec`, once per process.
 
@@ -116,16 +127,46 @@ def load(spec: KernelSpec) -> Kernel:
         TritonMissing: triton cannot be imported.
         BadKernelSpec: the template refuses the spec.
     """
+    kernel = _LOADED.get(spec)
+    if kernel is not None:
+        return kernel
     toolchain.triton()
-    path = emit(spec)
-    function = getattr(_import(path), str(spec.family))
-    parameters = tuple(function.arg_names)
-    return Kernel(spec, path, function, parameters, options(spec))
+    with _LOCK:
+        if spec not in _LOADED:
+            path = emit(spec)
+            function = getattr(_import(path), str(spec.family))
+            _LOADED[spec] = Kernel(spec, path, function, tuple(function.arg_names), options(spec))
+        return _LOADED[spec]
+
+
+def loaded_kernels() -> tuple[Kernel, ...]:
+    """Return the kernels that this process has loaded, in that order."""
+    with _LOCK:
+        return tuple(_LOADED.values())
+
+
+def compiled_kernels() -> int:
+    """Return how many binaries of our kernels Triton holds for launches in this process, on all devices.
+
+    The number grows where a launch compiles, or reads from Triton's cache on disk, and stands still where all that is
+    launched was launched before with the same types. Binaries of `compile_for` do not count, nor does the interpreter.
+    """
+    devices = [d for kernel in loaded_kernels() for d in getattr(kernel.function, "device_caches", {}).values()]
+    return sum(len(binaries) for binaries, *_ in devices)
 
 
 def options(spec: KernelSpec) -> dict[str, Any]:
     """Return the compile options of a kernel, the same for launches and for `compile_for`."""
-    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": toolchain.FP_FUSION}
+    chosen: dict[str, Any] = {
+        "num_warps": spec.num_warps,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": toolchain.FP_FUSION,
+    }
+    if spec.max_registers:
+        chosen["maxnreg"] = spec.max_registers
+    if spec.overlap:
+        chosen["launch_pdl"] = True
+    return chosen
 
 
 def compile_for(spec: KernelSpec, target_cc: int, dtypes: Dtypes | None = None) -> Any:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mobiquant_compiler.codegen.geometry import power_of_two, span
 from mobiquant_compiler.errors import KernelDoesNotFit
-from mobiquant_compiler.spec import Activation, Family, KernelSpec, Order, SliceSpec
+from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
 
 # Dynamic shared memory a block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 _SHARED_BYTES = {
@@ -22,7 +21,9 @@ _SHARED_BYTES = {
     103: 232448,
     120: 101376,
 }
-_ROUTE_STEP = 1024  # columns per step of the route kernel
+_OVERLAPS_FROM = 90  # compute capability of programmatic dependent launches
+_STEP_COLUMNS = 32768  # columns that route_quantize holds in registers at a time, at most
+_FEW_ROWS = 8192  # below, programs are so few that all begin at once, and find their first words already on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,72 +48,71 @@ class Target:
         return f"sm_{self.cc}"
 
 
+def known_targets() -> tuple[int, ...]:
+    """Return the compute capabilities that kernels can be made for: those with integer products of 16 x 8 x 32."""
+    return tuple(cc for cc in _SHARED_BYTES if cc >= 80)
+
+
 class TokenClass(StrEnum):
     """Numbers of tokens that share a kernel."""
 
     ONE = "1"
-    UP_TO_16 = "2..16"
-    UP_TO_32 = "17..32"
-    UP_TO_64 = "33..64"
-    MANY = "65.."
+    MANY = "2.."
 
     @classmethod
     def of(cls, tokens: int) -> TokenClass:
         """Return the class of `tokens` >= 1."""
-        limits = {1: cls.ONE, 16: cls.UP_TO_16, 32: cls.UP_TO_32, 64: cls.UP_TO_64}
-        return next((member for limit, member in limits.items() if tokens <= limit), cls.MANY)
+        return cls.ONE if tokens == 1 else cls.MANY
 
     @property
     def sample(self) -> int:
         """A number of tokens of this class, for warming up."""
-        return {"1": 1, "2..16": 2, "17..32": 17, "33..64": 33}.get(self.value, 65)
+        return int(self.value.partition("..")[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One line of the table: tokens and output rows of a tile, columns or positions of a step, warps, stages."""
+    """One line of the table; fields as those of `KernelSpec`, registers 0 for as many as the compiler likes."""
 
     block_m: int
     block_n: int
     block_w: int
     num_warps: int
-    num_stages: int = 1
+    max_registers: int = 0
 
 
-# Best first; a later line is smaller. block_w of decode counts positions, of the others columns.
+# Best first; a later line needs less. Measured on an H100 (benchmarks/results/h100/linear.json has what they give):
+# wider tiles of rows or tokens, more steps in flight and fewer chains a warp were all slower, for want of registers.
 _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
-    (Family.ROUTE, TokenClass.ONE): (Tile(1, 1, _ROUTE_STEP, 4),),
-    (Family.ROUTE, TokenClass.MANY): (Tile(4, 1, _ROUTE_STEP, 4),),
-    (Family.QUANTIZE, TokenClass.ONE): (Tile(1, 1, 512, 4),),
-    (Family.QUANTIZE, TokenClass.MANY): (Tile(1, 1, 2048, 4),),
-    (Family.DECODE, TokenClass.ONE): (Tile(1, 2, 128, 1), Tile(1, 2, 32, 1)),
-    (Family.GROUPED, TokenClass.UP_TO_16): (Tile(16, 32, 0, 4, 2), Tile(16, 32, 0, 4), Tile(16, 16, 0, 4)),
-    (Family.GROUPED, TokenClass.UP_TO_32): (Tile(32, 32, 0, 4, 2), Tile(32, 32, 0, 4), Tile(32, 16, 0, 4)),
-    (Family.GROUPED, TokenClass.UP_TO_64): (Tile(64, 64, 0, 4, 2), Tile(64, 32, 0, 4), Tile(64, 16, 0, 4)),
-    (Family.GROUPED, TokenClass.MANY): (Tile(64, 64, 0, 4, 2), Tile(64, 64, 0, 4), Tile(32, 32, 0, 4)),
+    (Family.SLICED_MMA, TokenClass.ONE): (Tile(1, 16, 32, 8, 128),),
+    (Family.SLICED_MMA, TokenClass.MANY): (Tile(8, 16, 32, 8, 128),),
+    # Four runs of 1024 columns: a lane has four octets, whose loads are in flight together.
+    (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
 }
 
 
 def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
-    - route, quantize_activation: one float32 a warp for each row reduced.
-    - decode_gemv: the exchange of one step's integers between lanes, 4 block_n block_w.
-    - grouped_gemm: activation halves and codes of a group in each stage, ``(h M + N) G``; the codes' words while they
-      change hands, ``4 N G``; float32 exchange of the tile, ``4 M N``.
+    - route_quantize: one float32 a warp for each group reduced.
+    - sliced_mma: the eight chains' sums of a tile of 16 rows by 8 tokens, twice while they change hands.
+    - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
-    if spec.family is Family.GROUPED:
-        halves = 2 if spec.activation is Activation.A16 else 1
-        stages = (halves * spec.block_m + spec.block_n) * spec.group * spec.num_stages
-        return stages + 4 * spec.block_n * spec.group + 4 * spec.block_m * spec.block_n
-    if spec.family is Family.DECODE:
-        return 4 * spec.block_n * spec.block_w * spec.num_stages + 4096
-    return 4 * spec.num_warps * max(spec.block_m, spec.block_w // spec.group) * 32
+    if spec.family is Family.SLICED_MMA:
+        return 2 * 4 * 8 * spec.block_n * 8
+    if spec.family is Family.DEQUANTIZE:
+        return 4 * spec.block_n * spec.block_w
+    return 4 * spec.num_warps * max(32, spec.block_w // spec.group)
 
 
 def fits(spec: KernelSpec, target: Target) -> bool:
     """Say whether a block of `spec` fits the target's shared memory; pure."""
     return shared_bytes(spec) <= target.shared_bytes
+
+
+def power_of_two(value: int) -> int:
+    """Return the least power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
 
 
 def choose(candidates: Iterator[KernelSpec] | tuple[KernelSpec, ...], target: Target) -> KernelSpec:
@@ -139,19 +139,27 @@ def kernel_spec(
     tokens: TokenClass,
     target: Target,
     *,
+    n: int = 0,
     activation: Activation = Activation.A16,
     has_bias: bool = False,
+    parts: int = 1,
+    route: bool = True,
+    quantize: bool = True,
+    sorted_rows: bool = True,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
 
     The choice depends on nothing but the arguments, so that the same kernels can be warmed up ahead.
 
+    Options that a family does not have are left out of its spec. `n` is the number of output rows of all weights of a
+    launch together; what counts is whether there are few.
+
     Raises:
         KernelDoesNotFit: no tile fits the target.
     """
-    one = tokens is TokenClass.ONE
-    row = tokens if (family, tokens) in _TILES else TokenClass.MANY
+    mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
+    overlap = target.cc >= _OVERLAPS_FROM and not emulate and family is not Family.DEQUANTIZE
     specs = (
         KernelSpec(
             family=family,
@@ -160,27 +168,30 @@ def kernel_spec(
             layout=weight.layout,
             k=weight.padded(k),
             activation=activation,
-            has_bias=has_bias and family in (Family.DECODE, Family.GROUPED),
+            has_bias=has_bias and mma,
+            parts=parts if mma else 1,
+            route=route and first,
+            quantize=quantize and first,
             block_m=tile.block_m,
             block_n=tile.block_n,
-            block_w=_block_w(family, weight, k, tile),
+            block_w=tile.block_w,
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            order=Order.PLACES if one and family is Family.QUANTIZE else Order.COLUMNS,
-            sorted_rows=tokens is TokenClass.MANY and family is Family.GROUPED,
-            emulate=emulate and family is Family.DECODE,
+            overlap=overlap,
+            prefetch=overlap and mma and n < _FEW_ROWS,
+            max_registers=0 if emulate else tile.max_registers,
+            sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
+            emulate=emulate and mma,
         )
-        for tile in _TILES[family, row]
+        for tile in _tiles(family, weight, k, tokens)
     )
     return choose(tuple(specs), target)
 
 
-def _block_w(family: Family, weight: SliceSpec, k: int, tile: Tile) -> int:
-    """Cut a tile's step down to the columns there are; steps of decode and quantize hold whole groups."""
-    padded = weight.padded(k)
-    if family is Family.GROUPED:
-        return weight.group
-    if family is Family.DECODE:
-        positions = span(weight)
-        return max(weight.group // positions, min(tile.block_w, power_of_two(padded // positions)))
-    return max(weight.group, min(tile.block_w, power_of_two(padded)))
+def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
+    if family is Family.ROUTE_QUANTIZE:
+        # A program has all of a token: one warp for each 512 columns keeps what it holds in registers.
+        columns = min(_STEP_COLUMNS, power_of_two(weight.padded(k)))
+        return (Tile(1, 1, columns, min(32, max(4, columns // 512))),)
+    if family is Family.DEQUANTIZE:
+        return _TILES[family, TokenClass.MANY]
+    return _TILES[family, tokens]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mobiquant_compiler.codegen import fragments
+
 
 @triton.constexpr_function
 def bits_before(widths, index):
@@ -29,144 +31,368 @@ def field_mask(width, bytes_kept):
 
 
 @triton.jit
-def load_unit(
-    slices_ptr, offs_n, offs_word, mask, n_rows, FIRST_ROW: tl.constexpr, UNIT: tl.constexpr, K_PADDED: tl.constexpr
-):
-    """Load words of one packed unit, the run of UNIT rows of the packed tensor that starts at FIRST_ROW.
+def octets_over(PER: tl.constexpr, RUN: tl.constexpr, OCTETS: tl.constexpr):
+    """Return ``o // PER`` for o in 0..OCTETS - 1, int32 [OCTETS].
 
-    Shapes: slices [total_bits, N, K_PADDED / 32] int32; offs_n int64 [B]; offs_word [W]; mask [B, W]; returns [B, W].
+    Spelled out over runs: the octets of a thread are RUN apart, and the compiler sees that what it returns for them
+    differs by a constant, so that one address serves all of a thread's loads.
     """
-    # The packed tensor of a large layer has more than 2**31 bits of addresses: its base is computed in 64 bits.
-    base = slices_ptr + tl.cast(n_rows, tl.int64) * (FIRST_ROW * (K_PADDED // 32))
-    return tl.load(base + offs_n[:, None] * (K_PADDED * UNIT // 32) + offs_word[None, :], mask=mask, other=0)
+    runs = tl.arange(0, OCTETS // RUN) * (RUN // PER)
+    return tl.reshape(runs[:, None] + (tl.arange(0, RUN) // PER)[None, :], [OCTETS])
 
 
 @triton.jit
-def append_quads(
-    quads,
+def append_octets(
+    octets,
     slices_ptr,
-    offs_n,
-    offs_w,
+    first,
     mask,
     n_rows,
     INDEX: tl.constexpr,
-    PLACE: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
-    SPAN: tl.constexpr,
+    RUN: tl.constexpr,
+    OCTETS: tl.constexpr,
     K_PADDED: tl.constexpr,
 ):
-    """Append slice INDEX to the combined codes of the slices before it, four columns a lane, one code per byte.
+    """Append slice INDEX to the combined codes of the slices before it, eight columns a lane in column order.
 
-    Lane (n, w) holds columns ``SPAN w + 4 PLACE .. + 3`` of row n.
+    Rows are whole words in every unit and follow one another, so octets (eight columns) are counted through the whole
+    weight: lane o holds octet ``first + o``, of which word i has the codes of columns ``4 i .. 4 i + 3``, one per byte.
+    Neighbours that share a word both load it, at one address.
 
-    Shapes: quads int32 [B, W]; offs_n int64 [B]; offs_w [W] positions; mask [B, W]; returns the shape of quads.
+    Shapes: octets int32 [OCTETS, 2]; first int64, a multiple of four; mask [OCTETS]; returns the shape of octets.
     """
     UNIT: tl.constexpr = unit_bits(WIDTHS, LAYOUT, INDEX)
-    PLACES: tl.constexpr = 8 // UNIT
-    offs_word = offs_w * (SPAN * UNIT // 32) + PLACE // PLACES
+    offs_word = octets_over(4 // UNIT, RUN, OCTETS)
+    place = (tl.arange(0, OCTETS) * 2) % (8 // UNIT)
+    unit_ptr = slices_ptr + first // 4 * UNIT
     for part in tl.static_range(WIDTHS[INDEX] // UNIT):
-        words = load_unit(
-            slices_ptr, offs_n, offs_word, mask, n_rows, bits_before(WIDTHS, INDEX) + part * UNIT, UNIT, K_PADDED
-        )
+        base = unit_ptr + tl.cast(n_rows, tl.int64) * ((bits_before(WIDTHS, INDEX) + part * UNIT) * (K_PADDED // 32))
+        words = tl.load(base + offs_word, mask=mask, other=0) >> (UNIT * place)
+        fields = (words[:, None] >> (UNIT * tl.arange(0, 2))[None, :]) & field_mask(UNIT, 4)
         # Codes of all slices have at most 8 bits together, so no byte runs over into the next.
-        quads = (quads << UNIT) | ((words >> (UNIT * (PLACE % PLACES))) & field_mask(UNIT, 4))
-    return quads
+        octets = (octets << UNIT) | fields
+    return octets
 
 
 @triton.jit
-def load_quads(
+def add_group(acc, dots, scale, zero, step, total, shrink):
+    """Add to acc the share of the output that comes from one group, given its integer dot product.
+
+    With ``shrink = 2**-m`` for m residual bits, activations ``x = step xi`` and ``total = step sum(xi)``, slices.py's
+    ``s_k (Q_k - Z_k) . x`` is ``s (Q_k . xi (step shrink) - total (z + (1 - shrink) / 2))``. Powers of two scale
+    without rounding.
+
+    Numerics: contraction is spelled out here and off elsewhere (`toolchain.FP_FUSION`), so that bodies compiled for
+        different slice counts and batch sizes round alike.
+    Shapes: dots int32, the rest float32, all [THREADS].
+    """
+    below = tl.fma(-total, zero, -total * (0.5 - 0.5 * shrink))
+    return tl.fma(scale, tl.fma(dots.to(tl.float32), step * shrink, below), acc)
+
+
+@triton.constexpr_function
+def unit_count(widths, layout, index):
+    """Return how many packed units slice `index` has: one, or a plane a bit."""
+    return widths[index] if layout == "bit_major" else 1
+
+
+@triton.constexpr_function
+def units_before(widths, layout, index):
+    """Return how many packed units the slices before slice `index` have."""
+    return sum(widths[:index]) if layout == "bit_major" else index
+
+
+@triton.constexpr_function
+def words_per_lane(unit, group):
+    """Return how many words of one packed unit hold a quarter of a group, 0 where one word holds more than that."""
+    return group * unit // 128
+
+
+@triton.constexpr_function
+def aligned_words(widths, index, part, unit, k_padded, wanted):
+    """Return how many of `wanted` consecutive words one load may take, given where the unit begins in any weight."""
+    first = (sum(widths[:index]) + part * unit) * (k_padded // 32)
+    while wanted > 1 and (first % wanted or (k_padded * unit // 32) % wanted):
+        wanted //= 2
+    return wanted
+
+
+@triton.constexpr_function
+def max_int(a, b):
+    """Return the greater of two numbers."""
+    return max(a, b)
+
+
+@triton.constexpr_function
+def is_shared_run(widths, layout, index, group):
+    """Say whether a quad's lanes read a pair of groups of slice `index` in one run, to be shared out afterwards."""
+    return words_per_lane(unit_bits(widths, layout, index), group) in (1, 2)
+
+
+@triton.jit
+def load_run(ptr, mask, COUNT: tl.constexpr, STEP: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT consecutive words a thread, STEP at a time; returns a tuple. Without CHECKED all lanes load."""
+    words = ()
+    for start in tl.static_range(0, COUNT, STEP):
+        if CHECKED:
+            words = words + fragments.load_words(ptr + start, mask, STEP, EMULATE)
+        else:
+            words = words + fragments.stream_words(ptr + start, STEP, EMULATE)
+    return words
+
+
+@triton.jit
+def load_pair(
     slices_ptr,
-    offs_n,
-    offs_w,
+    row,
+    pair,
+    t,
     mask,
     n_rows,
-    PLACE: tl.constexpr,
-    COUNT: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    SPAN: tl.constexpr,
-    K_PADDED: tl.constexpr,
-):
-    """Load the combined codes of the first COUNT slices as `append_quads` lays them out.
-
-    A loop over the places asks for the same words again: the compiler merges equal loads (`tests/ptx` counts them).
-    """
-    quads = tl.zeros(mask.shape, tl.int32)
-    for index in tl.static_range(COUNT):
-        quads = append_quads(
-            quads, slices_ptr, offs_n, offs_w, mask, n_rows, index, PLACE, WIDTHS, LAYOUT, SPAN, K_PADDED
-        )
-    return quads
-
-
-@triton.jit
-def append_codes(
-    codes,
-    slices_ptr,
-    offs_n,
-    in_n,
-    n_rows,
-    group,
     INDEX: tl.constexpr,
+    PART: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
-    """Append slice INDEX to the combined codes of the slices before it, for one group of columns in column order.
+    """Load a lane's words of one packed unit for a pair of groups, as `split_words` takes them.
 
-    Shapes: codes int8 [B, GROUP], the bits of unsigned codes; offs_n int64 [B]; in_n [B]; returns the shape of codes.
+    The four lanes of a quad read both groups of their row in one run, so that a load is as wide as can be.
+
+    Shapes: row, pair, t and mask [THREADS]; without CHECKED every lane's share exists; returns a tuple of int32
+        [THREADS].
     """
     UNIT: tl.constexpr = unit_bits(WIDTHS, LAYOUT, INDEX)
-    WORDS: tl.constexpr = GROUP * UNIT // 32
-    column = tl.arange(0, 32 // UNIT)
-    shift = 8 * (column % 4) + UNIT * (column // 4)
-    offs_word = group * WORDS + tl.arange(0, WORDS)
-    for part in tl.static_range(WIDTHS[INDEX] // UNIT):
-        words = load_unit(
-            slices_ptr,
-            offs_n,
-            offs_word,
-            in_n[:, None],
-            n_rows,
-            bits_before(WIDTHS, INDEX) + part * UNIT,
-            UNIT,
-            K_PADDED,
-        )
-        fields = (words[:, :, None] >> shift[None, None, :]) & field_mask(UNIT, 1)
-        codes = (codes << UNIT) | tl.reshape(fields.to(tl.int8), codes.shape)
+    WORDS: tl.constexpr = words_per_lane(UNIT, GROUP)
+    IN_GROUP: tl.constexpr = GROUP * UNIT // 32
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    # The packed tensor of a large layer has more than 2**31 words: its bases are computed in 64 bits.
+    base = slices_ptr + tl.cast(n_rows, tl.int64) * ((bits_before(WIDTHS, INDEX) + PART * UNIT) * (K_PADDED // 32))
+    at = base + row.to(tl.int64) * (K_PADDED * UNIT // 32) + pair * (2 * IN_GROUP)
+    words = ()
+    if is_shared_run(WIDTHS, LAYOUT, INDEX, GROUP):
+        STEP: tl.constexpr = aligned_words(WIDTHS, INDEX, PART, UNIT, K_PADDED, 2 * WORDS)
+        here = mask & (2 * pair + (t >> 1) < GROUPS)
+        words = load_run(at + t * (2 * WORDS), here, 2 * WORDS, STEP, CHECKED, EMULATE)
+    else:
+        LANE: tl.constexpr = max_int(WORDS, 1)
+        QUAD: tl.constexpr = aligned_words(WIDTHS, INDEX, PART, UNIT, K_PADDED, LANE)
+        # Several lanes share a word where a quarter of a group is less than one.
+        first = (fragments.quarter_of_lane(t) * IN_GROUP) // 4
+        for which in tl.static_range(2):
+            here = mask & (2 * pair + which < GROUPS)
+            words = words + load_run(at + which * IN_GROUP + first, here, LANE, QUAD, CHECKED, EMULATE)
+    return words
+
+
+@triton.jit
+def split_words(
+    words,
+    t,
+    COUNT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Turn what `load_pair` gave for ROWS rows of every unit into words of the first and of the second group.
+
+    Returns a tuple, by row and unit, of two tuples of int32 [THREADS].
+    """
+    split = ()
+    UNITS: tl.constexpr = units_before(WIDTHS, LAYOUT, COUNT)
+    for row in tl.static_range(ROWS):
+        for index in tl.static_range(COUNT):
+            for part in tl.static_range(unit_count(WIDTHS, LAYOUT, index)):
+                both = words[row * UNITS + units_before(WIDTHS, LAYOUT, index) + part]
+                if is_shared_run(WIDTHS, LAYOUT, index, GROUP):
+                    first, second = fragments.split_between_groups(both, t >= 2, len(both) // 2, EMULATE)
+                else:
+                    first, second = both[: len(both) // 2], both[len(both) // 2 :]
+                split = split + ((first, second),)
+    return split
+
+
+@triton.constexpr_function
+def same_width(widths, layout, count):
+    """Return the width of the packed units of the first `count` slices, 0 where they differ."""
+    units = {1} if layout == "bit_major" else set(widths[:count])
+    return units.pop() if len(units) == 1 else 0
+
+
+@triton.constexpr_function
+def power_of_two_below(value):
+    """Return the greatest power of two that is at most `value`."""
+    return 1 << (value.bit_length() - 1)
+
+
+@triton.constexpr_function
+def even_fields(width):
+    """Return the word whose bytes keep every other field of `width` bits, the lowest first."""
+    byte = sum(((1 << width) - 1) << place for place in range(0, 8, 2 * width))
+    return byte * 0x01010101
+
+
+@triton.jit
+def interleave_fields(above, below, WIDTH: tl.constexpr, EMULATE: tl.constexpr):
+    """Join fields of WIDTH bits of two words to fields twice as wide; returns even places and odd places.
+
+    Four instructions for all fields of both words, where joining one after the other would take three a field.
+    """
+    KEEP: tl.constexpr = even_fields(WIDTH)
+    even = fragments.select_bits(above << WIDTH, below, KEEP, EMULATE)
+    odd = fragments.select_bits(above, below >> WIDTH, KEEP, EMULATE)
+    return even, odd
+
+
+@triton.jit
+def join_units(words, WIDTH: tl.constexpr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
+    """Join COUNT (a power of two) words of fields of WIDTH bits, most significant first, field by field.
+
+    Returns a tuple of COUNT words of fields of COUNT WIDTH bits: place j of the fields is in word ``j % COUNT``, there
+    at place ``j // COUNT``.
+    """
+    if COUNT == 1:
+        joined = words
+    else:
+        above = join_units(words[: COUNT // 2], WIDTH, COUNT // 2, EMULATE)
+        below = join_units(words[COUNT // 2 :], WIDTH, COUNT // 2, EMULATE)
+        joined = ()
+        odds = ()
+        for index in tl.static_range(COUNT // 2):
+            even, odd = interleave_fields(above[index], below[index], WIDTH * COUNT // 2, EMULATE)
+            joined = joined + (even,)
+            odds = odds + (odd,)
+        joined = joined + odds
+    return joined
+
+
+@triton.jit
+def lane_words(unit, t, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a lane's words of one unit, its own columns from the lowest place on."""
+    words = unit
+    if words_per_lane(WIDTH, COLUMNS) == 0:
+        # Several lanes' quarters are in one word: a lane's own begins at a place that depends on the lane.
+        first = (fragments.quarter_of_lane(t) * (COLUMNS // 16)) % (8 // WIDTH)
+        words = (unit[0] >> (WIDTH * first),)
+    return words
+
+
+@triton.jit
+def combined_codes(
+    words,
+    t,
+    FIRST: tl.constexpr,
+    WHICH: tl.constexpr,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Combine the codes of COUNT slices of one row: COLUMNS / 4 columns a lane, four a register, one a byte.
+
+    Args: words holds, from FIRST on, a tuple for each packed unit; WHICH is the group of a pair whose words they are,
+        as `split_words` gives them, or -1 where the tuple is the words themselves.
+
+    Returns COLUMNS / 16 int32 [THREADS].
+    """
+    UNITS: tl.constexpr = units_before(WIDTHS, LAYOUT, COUNT)
+    WIDTH: tl.constexpr = same_width(WIDTHS, LAYOUT, COUNT)
+    codes = ()
+    if WIDTH > 0:
+        JOINED: tl.constexpr = power_of_two_below(UNITS)
+        FIELD: tl.constexpr = WIDTH * JOINED
+        places = ()  # for each word of a lane, the joined words
+        for word in tl.static_range(max_int(words_per_lane(WIDTH, COLUMNS), 1)):
+            column = ()
+            for unit in tl.static_range(JOINED):
+                column = column + (lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[word],)
+            places = places + (join_units(column, WIDTH, JOINED, EMULATE),)
+        for j in tl.static_range(COLUMNS // 16):
+            code = places[j // (8 // WIDTH)][(j % (8 // WIDTH)) % JOINED]
+            if FIELD < 8:
+                code = (code >> (FIELD * ((j % (8 // WIDTH)) // JOINED))) & field_mask(FIELD, 4)
+            for unit in tl.static_range(JOINED, UNITS):
+                more = lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[j // (8 // WIDTH)]
+                code = (code << WIDTH) | ((more >> (WIDTH * (j % (8 // WIDTH)))) & field_mask(WIDTH, 4))
+            codes = codes + (code,)
+    else:
+        for j in tl.static_range(COLUMNS // 16):
+            code = tl.zeros_like(t)
+            for index in tl.static_range(COUNT):
+                unit = lane_words(unit_of(words, FIRST + index, WHICH), t, WIDTHS[index], COLUMNS)
+                field = unit[j // (8 // WIDTHS[index])] >> (WIDTHS[index] * (j % (8 // WIDTHS[index])))
+                code = (code << WIDTHS[index]) | (field & field_mask(WIDTHS[index], 4))
+            codes = codes + (code,)
     return codes
 
 
 @triton.jit
-def dot4(codes, x, acc, EMULATE: tl.constexpr):
-    """Add to acc the dot product of four unsigned bytes (codes) and four signed bytes (x), exactly.
-
-    Shapes: codes, x and acc int32, broadcast together.
-    """
-    if EMULATE:
-        for j in tl.static_range(4):
-            acc += ((codes >> (8 * j)) & 255) * ((x << (24 - 8 * j)) >> 24)
-    else:
-        acc = tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return acc
+def unit_of(words, INDEX: tl.constexpr, WHICH: tl.constexpr):
+    """Return a unit's words of one group of a pair, or all it has where WHICH is -1."""
+    unit = words[INDEX]
+    if WHICH >= 0:
+        unit = unit[WHICH]
+    return unit
 
 
 @triton.jit
-def add_group(acc, dots, total, scale, zero, step, shrink):
-    """Add to acc the share of the output that comes from one group, given its integer dot product.
+def load_scales(
+    ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group; two float32 [THREADS]."""
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    at = ptr + row * GROUPS + pair * 2
+    if GROUPS % 2 == 0 and ptr.dtype.element_ty.primitive_bitwidth == 16 and not EMULATE:
+        if CHECKED:
+            both = tl.load(at.to(tl.pointer_type(tl.int32)), mask=pair * 2 < GROUPS, other=0)
+        else:
+            both = tl.load(at.to(tl.pointer_type(tl.int32)))
+        first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+        second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        first = tl.load(at, mask=pair * 2 < GROUPS, other=0.0)
+        second = tl.load(at + 1, mask=pair * 2 + 1 < GROUPS, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
 
-    With ``shrink = 2**-m`` for m residual bits and activations ``x = a xi``, slices.py's ``s_k (Q_k - Z_k) . x`` is
-    ``s a (Q_k . xi shrink - (z + (1 - shrink) / 2) sum(xi))``. Powers of two scale without rounding.
 
-    Numerics: contraction is spelled out here and off elsewhere (`toolchain.FP_FUSION`), so that bodies compiled for
-        different slice counts and batch sizes round alike.
-    Shapes: acc float32 [M, N]; dots int32 [M, N]; total int32, the rest float32, broadcast to that.
-    """
-    centre = zero + (0.5 - 0.5 * shrink)
-    below = tl.broadcast_to(centre * total.to(tl.float32), acc.shape)
-    term = tl.fma(dots.to(tl.float32), tl.broadcast_to(shrink, acc.shape), -below)
-    return tl.fma(tl.broadcast_to(scale * step, acc.shape), term, acc)
+@triton.constexpr_function
+def shrink_at(widths, count):
+    """Return the power of two by which the step of `count` slices is smaller than the base step."""
+    return 1.0 / (1 << sum(widths[1:count]))
+
+
+@triton.constexpr_function
+def all_shared(widths, layout, group):
+    """Say whether a quad's lanes read a pair of groups in one run in every slice (`is_shared_run`)."""
+    units = (1,) if layout == "bit_major" else widths
+    return all(group * unit // 128 in (1, 2) for unit in units)
+
+
+@triton.jit
+def prefetch_base(
+    slices_ptr,
+    first_row,
+    tid,
+    n_rows,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Ask for the base slice (its first plane) of ROWS rows, which are one run of memory, to come into the L2 cache."""
+    UNIT: tl.constexpr = unit_bits(WIDTHS, LAYOUT, 0)
+    THREADS: tl.constexpr = tid.shape[0]
+    ROW_WORDS: tl.constexpr = K_PADDED * UNIT // 32
+    for start in tl.static_range(0, (ROWS * ROW_WORDS + 31) // 32, THREADS):
+        word = (start + tid) * 32
+        inside = (word < ROWS * ROW_WORDS) & (first_row + word // ROW_WORDS < n_rows)
+        fragments.prefetch_line(slices_ptr + first_row.to(tl.int64) * ROW_WORDS + word, inside, EMULATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mobiquant_compiler.spec import Family
@@ -12,7 +13,7 @@ class Dtypes:
     """Triton names of the dtypes that a kernel's caller is free to choose.
 
     Attributes:
-        x: Activations, output and bias.
+        x: Activations, output, bias and the workspace of dequantized weights.
         scale: Scale and zero point.
     """
 
@@ -27,14 +28,14 @@ _FIXED = {
     "hist_ptr": "*i64",
     "mask_ptr": "*i32",
     "counts_ptr": "*i32",
-    "rows_ptr": "*i64",
-    "step_ptr": "*fp32",
-    "total_ptr": "*i32",
+    "offsets_ptr": "*i32",
     "slices_ptr": "*i32",
     "tokens": "i32",
     "columns": "i32",
     "capacity": "i32",
     "n_rows": "i32",
+    "first_row": "i32",
+    "rows": "i32",
 }
 
 
@@ -44,11 +45,14 @@ def parameter_type(name: str, family: Family, dtypes: Dtypes) -> str:
     Raises:
         KeyError: no template has such a parameter.
     """
-    if name in ("x_ptr", "y_ptr", "bias_ptr"):
+    name = re.sub(r"\d", "", name)  # slices1_ptr: the same of another weight
+    if name in ("x_ptr", "y_ptr", "bias_ptr", "workspace_ptr"):
         return f"*{dtypes.x}"
     if name in ("scale_ptr", "zero_ptr"):
         return f"*{dtypes.scale}"
-    if name in ("high_ptr", "low_ptr"):
-        # The decode kernel reads quantized bytes four at a time.
-        return "*i32" if family is Family.DECODE else "*i8"
+    if name in ("high_ptr", "low_ptr", "affine_ptr"):
+        # Lanes read what was quantized in words.
+        if family is Family.SLICED_MMA:
+            return "*i32"
+        return "*fp32" if name == "affine_ptr" else "*i8"
     return _FIXED[name]

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mobiquant_compiler.codegen import geometry, toolchain
+from mobiquant_compiler.codegen import toolchain
 from mobiquant_compiler.errors import BadKernelSpec
 from mobiquant_compiler.spec import Family, KernelSpec
 
@@ -25,12 +25,15 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "NUM_SLICES": len(spec.widths),
         "GROUP": spec.group,
         "LAYOUT": str(spec.layout),
-        "SPAN": geometry.span(geometry.slice_spec(spec)),
         "K_PADDED": spec.k,
         "ACTIVATION": str(spec.activation),
-        "ORDER": str(spec.order),
         "SORTED_ROWS": spec.sorted_rows,
         "HAS_BIAS": spec.has_bias,
+        "PARTS": spec.parts,
+        "ROUTE": spec.route,
+        "QUANTIZE": spec.quantize,
+        "OVERLAP": spec.overlap,
+        "PREFETCH": spec.prefetch,
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "BLOCK_W": spec.block_w,
@@ -49,9 +52,15 @@ def _source(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def template_digest(family: Family) -> str:
+    """Return the hash of a family's template that the header of an emitted file names."""
+    return hashlib.sha256(_source(template_path(family)).encode()).hexdigest()[:16]
+
+
 def fingerprint(family: Family) -> str:
     """Return the hash of everything but the spec that an emitted kernel's behaviour depends on."""
-    texts = [_source(template_path(family)), _source(_HERE / "device.py"), toolchain.version()]
+    shared = (_source(_HERE / name) for name in ("activations.py", "device.py", "fragments.py", "products.py"))
+    texts = [_source(template_path(family)), *shared, toolchain.version()]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
@@ -79,10 +88,9 @@ def specialise(spec: KernelSpec) -> str:
 def _header(spec: KernelSpec, path: Path) -> str:
     from mobiquant_compiler import __version__
 
-    digest = hashlib.sha256(_source(path).encode()).hexdigest()[:16]
     lines = [
         f"Emitted by mobiquant_compiler {__version__} for triton {toolchain.version()}; edits are overwritten.",
-        f"template: templates/{path.name}, sha256 {digest}",
+        f"template: templates/{path.name}, sha256 {template_digest(spec.family)}",
         *(f"{name}: {value}" for name, value in spec.describe().items()),
     ]
     return "\n".join(f"# {line}" for line in lines)

@@ -36,3 +36,11 @@ def version() -> str:
 def interpreting() -> bool:
     """Say whether triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return bool(triton().knobs.runtime.interpret)
+
+
+def cuobjdump() -> str | None:
+    """Return the path of the disassembler that triton ships, None where there is none."""
+    try:
+        return str(triton().knobs.nvidia.cuobjdump.path)
+    except (RuntimeError, AttributeError):
+        return None

@@ -18,7 +18,7 @@ from mobiquant_compiler.passes.edit import add_input, placeholders, replace, spl
 from mobiquant_compiler.passes.normalise_linears import LINEAR, parameter_of
 from mobiquant_compiler.report import Skip, SkipReason
 from mobiquant_compiler.slices import WEIGHT_DTYPES
-from mobiquant_compiler.spec import SliceSpec
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
 PER_LINEAR = ("slices", "scale", "zero", "energy", "thresholds", "hist")
 PER_GRAPH = ("gain", "mask")
@@ -38,7 +38,7 @@ class BindSlices:
     After (six inputs a linear, two a graph, appended)::
 
         %elastic = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask,
-                       energy, %slices, %scale, %zero, %bias, [2, 2, 2, 2], 64, slice_major)
+                       energy, %slices, %scale, %zero, %bias, [2, 2, 2, 2], 64, slice_major, a16, routed)
     """
 
     name: ClassVar[str] = "bind-slices"
@@ -167,5 +167,7 @@ def _rewrite(gm: GraphModule, node: Node, own: dict[str, Node], shared: dict[str
             list(spec.widths),
             spec.group,
             str(spec.layout),
+            str(Activation.A16),
+            str(Prefill.ROUTED),
         )
         replace(node, elastic)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import PassContext, PassResult
 from mobiquant_compiler.passes.edit import replace, splice
-from mobiquant_compiler.passes.share_routing import ROUTER_ARGS
+from mobiquant_compiler.passes.share_routing import ROUTER_ARGS, route_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ExpandElastic:
 
     After::
 
-        %counts  = call_function[mobiquant.route](%x, %router, %thresholds, %hist, %mask, energy)
+        %counts  = call_function[mobiquant.route](%x, %router, %thresholds, %hist, %mask, energy, routed)
         %gather  = call_function[mobiquant.gather](%x, %counts, 4)
         %rows, %offsets, %grouped = getitem(%gather, 0 .. 2)
         %product = call_function[mobiquant.slice_gemm](%grouped, %offsets, %slices, ...)
@@ -60,7 +60,7 @@ def _expand(
     weight = args[ROUTER_ARGS if counts is None else 2 :]
     widths = weight[4]
     with splice(gm, before=node, origin=ExpandElastic.name) as at:
-        counts = counts if counts is not None else at(OPS.route.default, *args[:ROUTER_ARGS])
+        counts = counts if counts is not None else at(OPS.route.default, *route_args(args))
         if (x, counts) not in gathers:
             gathered = at(OPS.gather.default, x, counts, len(widths))
             parts = [at(operator.getitem, gathered, i) for i in range(3)]

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import PassContext, PassResult
 from mobiquant_compiler.passes.edit import erase_unused, replace, splice
+from mobiquant_compiler.passes.share_routing import ROUTER_ARGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,11 @@ def _fuse(gm: GraphModule, chain: _Chain, *, alone: bool) -> None:
     weight = chain.product.args[2:]
     route = chain.counts
     # The gather's getitems and this scatter are the only users of a decision made for one linear.
-    whole = alone and route.target is OPS.route.default and set(route.users) <= {chain.gather, chain.scatter}
+    alone = alone and set(route.users) <= {chain.gather, chain.scatter}
+    whole = alone and route.target is OPS.route.default and route.args[-1] == weight[-1]  # one way of prefill
     with splice(gm, before=chain.scatter, origin=FuseElastic.name) as at:
         if whole:
-            fused = at(OPS.elastic_linear.default, *route.args, *weight)
+            fused = at(OPS.elastic_linear.default, *route.args[:ROUTER_ARGS], *weight)
         else:
             fused = at(OPS.routed_linear.default, x, route, *weight)
         replace(chain.scatter, fused)

@@ -14,11 +14,21 @@ ENTRY_POINTS = "mobiquant_compiler.passes"
 PASSES: dict[str, str] = {
     "normalise-linears": "mobiquant_compiler.passes.normalise_linears:NormaliseLinears",
     "bind-slices": "mobiquant_compiler.passes.bind_slices:BindSlices",
+    "set-execution": "mobiquant_compiler.passes.set_execution:SetExecution",
     "share-routing": "mobiquant_compiler.passes.share_routing:ShareRouting",
     "expand-elastic": "mobiquant_compiler.passes.expand_elastic:ExpandElastic",
     "fuse-elastic": "mobiquant_compiler.passes.fuse_elastic:FuseElastic",
+    "fuse-siblings": "mobiquant_compiler.passes.fuse_siblings:FuseSiblings",
 }
-DEFAULT_PIPELINE = ("normalise-linears", "bind-slices", "share-routing", "expand-elastic", "fuse-elastic")
+DEFAULT_PIPELINE = (
+    "normalise-linears",
+    "bind-slices",
+    "set-execution",
+    "share-routing",
+    "expand-elastic",
+    "fuse-elastic",
+    "fuse-siblings",
+)
 
 
 @lru_cache(maxsize=1)

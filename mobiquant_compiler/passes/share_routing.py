@@ -20,12 +20,12 @@ class ShareRouting:
 
     Before (q, k and v of an attention block)::
 
-        %q = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., energy, %q_slices, ...)
-        %k = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., energy, %k_slices, ...)
+        %q = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., %q_slices, ..., routed)
+        %k = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, ..., %k_slices, ..., routed)
 
     After::
 
-        %counts = call_function[mobiquant.route](%x, [%energy, %gain], %thresholds, %hist, %mask, energy)
+        %counts = call_function[mobiquant.route](%x, [%energy, %gain], %thresholds, %hist, %mask, energy, routed)
         %q = call_function[mobiquant.routed_linear](%x, %counts, %q_slices, ...)
         %k = call_function[mobiquant.routed_linear](%x, %counts, %k_slices, ...)
 
@@ -33,7 +33,7 @@ class ShareRouting:
     """
 
     name: ClassVar[str] = "share-routing"
-    after: ClassVar[frozenset[str]] = frozenset({"bind-slices"})
+    after: ClassVar[frozenset[str]] = frozenset({"bind-slices", "set-execution"})
     min_linears: int = 2
 
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
@@ -52,16 +52,21 @@ class ShareRouting:
         return PassResult(rewritten)
 
 
+def route_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what the `route` inside of an `elastic_linear` with these arguments takes."""
+    return (*args[:ROUTER_ARGS], args[-1])
+
+
 def _key(node: Node) -> tuple[Any, ...]:
     args: tuple[Any, ...] = node.args
-    x, router, *rest = args[:ROUTER_ARGS]
+    x, router, *rest = route_args(args)
     return (x, tuple(router), *rest)
 
 
 def _share(gm: GraphModule, members: list[Node]) -> None:
     first = members[0]
     with splice(gm, before=first, origin=ShareRouting.name) as at:
-        counts = at(OPS.route.default, *first.args[:ROUTER_ARGS])
+        counts = at(OPS.route.default, *route_args(first.args))
     for node in members:
         with splice(gm, before=node, origin=ShareRouting.name) as at:
             replace(node, at(OPS.routed_linear.default, node.args[0], counts, *node.args[ROUTER_ARGS:]))

@@ -197,6 +197,8 @@ class BudgetState:
             values = torch.full(forced.shape, torch.inf)
         else:
             values = self.table.thresholds(self.routers, float(budget))
+        # A slice that only this budget leaves out stays finite: inf means never, in calls of all slices too.
+        values = values.clamp(max=torch.finfo(values.dtype).max)
         return values.masked_fill(forced, -torch.inf).masked_fill(~usable, torch.inf)
 
 

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.spec import Activation, Family, KernelSpec
+from mobiquant_compiler.spec import Activation, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
 
 
 class LaunchableKernel(Protocol):
@@ -34,33 +35,53 @@ class LaunchableKernel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearKernels:
-    """The two kernels of one linear for one class of token counts.
+class Prepared:
+    """Tokens ready to be multiplied: slice counts and activations in fixed point, in the order lanes load them.
 
     Attributes:
-        quantize: Activations to fixed point, in the order `multiply` reads.
-        multiply: decode_gemv for one token, grouped_gemm for more.
+        counts: Slice counts, int32 [T].
+        high: High halves (all there is in a8), int8 [groups, blocks of 8 tokens, 32 lanes, group / 4].
+        low: Low halves, the same shape; empty in a8.
+        affine: Step, and step times the sum of the integers, float32 [groups, 8 blocks, 2].
+        shape: Leading dimensions of the activations.
+        columns: K, columns before padding.
+        dtype: Of the activations, and so of the outputs.
     """
 
-    quantize: LaunchableKernel
-    multiply: LaunchableKernel
+    counts: Tensor
+    high: Tensor
+    low: Tensor
+    affine: Tensor
+    shape: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens."""
+        return self.counts.numel()
 
 
 @dataclass(frozen=True, slots=True)
-class FixedPoint:
-    """Quantized activations.
+class Weight:
+    """One sliced weight of a launch.
 
     Attributes:
-        high: High halves (all there is in a8), int8 [T, K_padded].
-        low: Low halves, int8 [T, K_padded]; empty in a8.
-        step: float32 [T, K_padded / group].
-        total: Sum of the integers of each group, int32 of the same shape.
+        slices: int32 [total_bits, N, K_padded / 32].
+        scale: [N, K_padded / group].
+        zero: Same shape and dtype.
+        bias: [N] or None.
     """
 
-    high: Tensor
-    low: Tensor
-    step: Tensor
-    total: Tensor
+    slices: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """N, output rows."""
+        return self.slices.shape[1]
 
 
 def ceil_div(value: int, block: int) -> int:
@@ -69,11 +90,22 @@ def ceil_div(value: int, block: int) -> int:
 
 
 def takes(x: Tensor) -> bool:
-    """Say whether kernels take activations of this dtype; others go to the reference, on record."""
-    if x.dtype in KERNEL_DTYPES:
+    """Say whether kernels take activations of this dtype on this device; others go to the reference, on record."""
+    reason = _refusal(x.dtype, x.device)
+    if reason is None:
         return True
-    _note_fallback(f"activations are {x.dtype}")
+    _note_fallback(reason)
     return False
+
+
+@cache
+def _refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no kernel runs, None where kernels do."""
+    if dtype not in KERNEL_DTYPES:
+        return f"activations are {dtype}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no 16 x 8 x 32 products of bytes (sm_80 and later do)"
+    return None
 
 
 @cache
@@ -82,131 +114,107 @@ def _note_fallback(reason: str) -> None:
     log.warning("no kernel: %s; using the reference in plain torch, here and from now on", reason)
 
 
-def route(
-    kernel: LaunchableKernel, x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor
-) -> Tensor:
-    """Launch the route kernel; `reference.route` with ``kind="energy"``.
-
-    Shapes: x [..., K]; returns int32 [...].
-    """
-    tokens, columns = _token_count(x), x.shape[-1]
-    counts = torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
-    if tokens == 0:
-        return counts
-    energy, gain = router
-    with _current(x):
-        kernel.launch(
-            (ceil_div(tokens, kernel.spec.block_m),),
-            x_ptr=_rows(x),
-            energy_ptr=energy.contiguous(),
-            gain_ptr=gain.contiguous(),
-            thresholds_ptr=thresholds.contiguous(),
-            hist_ptr=hist,
-            mask_ptr=mask,
-            counts_ptr=counts,
-            tokens=tokens,
-            columns=columns,
-            capacity=mask.numel(),
-        )
-    return counts
-
-
-def quantize(kernel: LaunchableKernel, x: Tensor) -> FixedPoint:
-    """Launch the quantize kernel on activations [T, K]."""
-    spec = kernel.spec
-    tokens, columns = x.shape
-    groups = spec.k // spec.group
-    halves = 2 if spec.activation is Activation.A16 else 1
-    bytes_ = torch.empty(halves, tokens, spec.k, dtype=torch.int8, device=x.device)
-    step = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
-    total = torch.empty(tokens, groups, dtype=torch.int32, device=x.device)
-    fixed = FixedPoint(bytes_[0], bytes_[halves - 1], step, total)
-    kernel.launch(
-        (tokens, ceil_div(spec.k, spec.block_w)),
-        x_ptr=x,
-        high_ptr=fixed.high,
-        low_ptr=fixed.low,
-        step_ptr=step,
-        total_ptr=total,
-        columns=columns,
-    )
-    return fixed
-
-
-def routed_linear(
-    kernels: LinearKernels,
-    x: Tensor,
-    counts: Tensor,
-    slices: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Multiply each token by the weight of its slice count; `reference.routed_linear`.
-
-    Shapes: x [..., K]; counts int32 [...]; slices int32 [total_bits, N, K_padded / 32]; scale, zero
-        [N, K_padded / group]; bias [N]; returns [..., N] in the dtype of x.
-    """
-    tokens, n = _token_count(x), slices.shape[1]
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if tokens == 0:
-        return y
-    with _current(x):
-        fixed = quantize(kernels.quantize, _rows(x))
-        _multiply(kernels.multiply, fixed, counts.reshape(-1).contiguous(), slices, scale, zero, bias, y)
-    return y
-
-
-def _multiply(
+def prepare(
     kernel: LaunchableKernel,
-    fixed: FixedPoint,
-    counts: Tensor,
-    slices: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Launch decode_gemv or grouped_gemm, whichever `kernel` is, into y."""
-    spec, tokens, n = kernel.spec, counts.shape[0], slices.shape[1]
-    # Tokens of equal count come to lie in one tile; sorting on the device needs no word from it.
-    rows = torch.sort(counts, stable=True).indices if spec.sorted_rows else None
-    decode = spec.family is Family.DECODE
-    grid = (ceil_div(n, spec.block_n),) if decode else (ceil_div(tokens, spec.block_m), ceil_div(n, spec.block_n))
-    kernel.launch(
-        grid,
-        high_ptr=fixed.high.view(torch.int32) if decode else fixed.high,
-        low_ptr=fixed.low.view(torch.int32) if decode else fixed.low,
-        step_ptr=fixed.step,
-        total_ptr=fixed.total,
-        counts_ptr=counts,
-        rows_ptr=rows,
-        slices_ptr=slices.contiguous(),
-        scale_ptr=scale.contiguous(),
-        zero_ptr=zero.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y,
-        tokens=tokens,
-        n_rows=n,
-    )
-
-
-def slice_gemm(
-    kernels: LinearKernels,
     x: Tensor,
-    offsets: Tensor,
-    slices: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Multiply tokens in the order of `gather` by the weight of their slice count; `reference.slice_gemm`.
+    router: Sequence[Tensor] = (),
+    thresholds: Tensor | None = None,
+    hist: Tensor | None = None,
+    mask: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Prepared:
+    """Launch route_quantize: `reference.route` with ``kind="energy"``, activations in fixed point, or both.
 
-    Shapes: x [T, K]; offsets int32 [E + 1]; returns [T, N].
+    Args:
+        kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors.
+        x: [..., K].
+        router: energy float32 [K], gain float32 [E - 1].
+        thresholds: float32 [E - 1].
+        hist: int64 [E], added to.
+        mask: int32 [1 + capacity].
+        counts: int32 [...], slice counts that are known already.
     """
-    order = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-    counts = torch.searchsorted(offsets[1:].contiguous(), order, right=True, out_int32=True) + 1
-    return routed_linear(kernels, x, counts, slices, scale, zero, bias)
+    spec, tokens, columns = kernel.spec, _token_count(x), x.shape[-1]
+    groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
+    if counts is None:
+        counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    halves = (2 if spec.activation is Activation.A16 else 1) if spec.quantize else 0
+    bytes_ = torch.empty(halves, groups, blocks, 32, spec.group // 4, dtype=torch.int8, device=x.device)
+    affine = torch.empty(groups if halves else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
+    high = bytes_[0] if halves else bytes_
+    low = bytes_[1] if halves == 2 else bytes_[:0]
+    prepared = Prepared(counts.reshape(-1).contiguous(), high, low, affine, tuple(x.shape[:-1]), columns, x.dtype)
+    if tokens:
+        energy, gain = router if spec.route else (None, None)
+        with _current(x):
+            kernel.launch(
+                (tokens,),
+                x_ptr=_rows(x),
+                energy_ptr=_packed(energy),
+                gain_ptr=_packed(gain),
+                thresholds_ptr=_packed(thresholds),
+                hist_ptr=hist,
+                mask_ptr=mask,
+                counts_ptr=prepared.counts,
+                high_ptr=high,
+                low_ptr=low,
+                affine_ptr=affine,
+                tokens=tokens,
+                columns=columns,
+                capacity=0 if mask is None else mask.numel(),
+            )
+    return prepared
+
+
+def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight]) -> list[Tensor]:
+    """Launch sliced_mma: multiply prepared tokens by every weight, each token by the slices its count says.
+
+    Returns:
+        [..., N] a weight, in the dtype of the activations.
+    """
+    spec, tokens, device = kernel.spec, prepared.tokens, prepared.counts.device
+    ys = [torch.empty(*prepared.shape, w.rows, dtype=prepared.dtype, device=device) for w in weights]
+    if tokens == 0:
+        return ys
+    arguments: dict[str, Any] = {}
+    for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
+        mark = str(number or "")
+        arguments |= {
+            f"slices{mark}_ptr": _aligned(weight.slices),
+            f"scale{mark}_ptr": _aligned(weight.scale),
+            f"zero{mark}_ptr": _aligned(weight.zero),
+            f"bias{mark}_ptr": _packed(weight.bias),
+            f"y{mark}_ptr": y,
+            f"n{mark}_rows": weight.rows,
+        }
+    blocks = sum(ceil_div(weight.rows, spec.block_n) for weight in weights)
+    with _current(prepared.counts):
+        kernel.launch(
+            (ceil_div(tokens, spec.block_m), blocks),
+            high_ptr=prepared.high.view(torch.int32),
+            low_ptr=prepared.low.view(torch.int32),
+            affine_ptr=prepared.affine.view(torch.int32),
+            counts_ptr=prepared.counts,
+            tokens=tokens,
+            **arguments,
+        )
+    return ys
+
+
+def counts_of_offsets(offsets: Tensor, tokens: int) -> Tensor:
+    """Return the slice counts int32 [T] of tokens in the order of `gather`, from its offsets int32 [E + 1]."""
+    order = torch.arange(tokens, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), order, right=True, out_int32=True) + 1
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor packed and aligned to 16 bytes, as vector loads want it; nearly always it is."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _current(x: Tensor) -> AbstractContextManager[Any]:

@@ -85,6 +85,8 @@ def test_ten_budgets_compile_once_and_leave_no_trace_in_the_output():
     assert relative_error(swept[2], swept[8]) > 0.05
     (report,) = counted.reports
     assert len(report.coverage.rewritten) == 14
+    launches = {op: count for op, count in report.nodes_after.items() if op.startswith("mobiquant.")}
+    assert launches == {"mobiquant.elastic_linears": 4, "mobiquant.elastic_linear": 4}
     assert [skip.reason for skip in report.coverage.skipped] == [SkipReason.EXCLUDED]
     # Shared decisions are counted once a token in a compiled graph.
     mq.reset_telemetry(compiled)
@@ -93,6 +95,55 @@ def test_ten_budgets_compile_once_and_leave_no_trace_in_the_output():
     achieved = mq.achieved_bits(compiled)
     assert achieved.tokens == ids.numel()
     assert set(achieved.layers) == set(report.coverage.rewritten)
+
+
+class Siblings(nn.Module):
+    """Five linears of one input, some with bias, and one of an input that is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(64, 8 * i + 8, bias=i % 2 == 0) for i in range(5))
+        self.last = nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        parts = [linear(x) for linear in self.each]
+        x.mul_(parts[0].sum(-1, keepdim=True).tanh())
+        return torch.cat([*parts, self.last(x)], -1)
+
+
+@pytest.mark.slow
+def test_siblings_of_any_width_and_bias_go_through_inductor():
+    model, x = Siblings().eval(), torch.randn(2, 9, 64)
+    mq.quantize_(model, budget=5)
+    for linear in model.each[1:]:
+        linear.router = model.each[0].router
+    compiled = torch.compile(model, backend="mobiquant", fullgraph=True)
+    with Counted() as counted:
+        for bits in (5, 2, 8):
+            mq.set_budget(model, bits)
+            assert_near(compiled(x), model(x), COMPILED)
+    (report,) = counted.reports
+    launches = {op: count for op, count in report.nodes_after.items() if op.startswith("mobiquant.")}
+    assert launches == {f"mobiquant.{op}": 1 for op in ("route", "routed_linears", "routed_linear", "elastic_linear")}
+    mq.reset_telemetry(model)
+    compiled(x)
+    assert int(model.each[0].router.hist.sum()) == 18
+
+
+@pytest.mark.slow
+def test_execution_may_change_after_compiling_and_options_win():
+    model, ids = tiny_lm(1), tokens(1, 80)
+    mq.quantize_(model, budget=2)
+    results = {}
+    for options in ({}, {"prefill": "routed"}):
+        compiled = torch.compile(model, backend="mobiquant", options=options, fullgraph=True)
+        for prefill in ("routed", "full"):
+            mq.set_execution(compiled, prefill=prefill)
+            mq.reset_telemetry(model)
+            compiled(ids)
+            results[bool(options), prefill] = float(mq.achieved_bits(model))
+    assert results == {(False, "routed"): 2, (False, "full"): 8, (True, "routed"): 2, (True, "full"): 2}
 
 
 def test_lengths_and_batches_may_change():
@@ -233,6 +284,8 @@ def test_a_gradient_through_an_elastic_linear_is_an_error_not_a_silent_zero():
     [
         ({"bugdet": 4}, UnknownOption, "unknown option 'bugdet'; known options are budget"),
         ({"budget": "four"}, BadOption, "option 'budget' got 'four'"),
+        ({"prefill": "fast"}, BadOption, "option 'prefill' got 'fast'"),
+        ({"activation": "a8", "passes": "bind-slices"}, BadOption, "wanted the pass set-execution among"),
         ({"budget": 9}, mq.MobiQuantError, "budget 9 bits is out of range; this model can give 2 to 8"),
         ({"passes": "bind-slcies"}, mq.MobiQuantError, "no pass is named 'bind-slcies'"),
         ({"slices": {"group": 7}}, BadOption, "option 'group' got 7"),

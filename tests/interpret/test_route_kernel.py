@@ -1,4 +1,4 @@
-"""The route kernel against the reference: counts, nested thresholds, histogram and padding."""
+"""The routing half of route_quantize against the reference: counts, nested thresholds, histogram and padding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mobiquant_compiler import reference, wiring
+from mobiquant_compiler.spec import Activation, SliceSpec
 
 INF = float("inf")
 
@@ -31,6 +32,11 @@ def both(x: Tensor, router: tuple[Tensor, Tensor], thresholds: Tensor, mask: Ten
     assert counts.dtype is torch.int32
     assert torch.equal(counts, wanted)
     assert torch.equal(hist, wanted_hist)
+    again = before.clone()
+    spec = SliceSpec((1,) * len(before), 64)
+    quantized = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8)
+    assert torch.equal(quantized.counts, wanted.flatten()), "with activations in fixed point by the way"
+    assert torch.equal(again, wanted_hist)
 
 
 @given(
@@ -72,6 +78,15 @@ def test_a_token_that_is_not_finite_gets_the_base_slice() -> None:
     x = torch.ones(3, 40)
     x[1, 2] = float("nan")
     both(x, router, torch.full((3,), -INF), torch.zeros(1, dtype=torch.int32))
+
+
+def test_more_columns_than_a_program_holds_at_a_time() -> None:
+    router, _ = router_of(33000, 4, 0)
+    x = torch.zeros(2, 33000)
+    x[0, 5], x[1, 32900] = 3.0, 4.0
+    scores = reference.energy_scores(x, router)
+    assert scores[:, 0].tolist() == [9 * router[0][5], 16 * router[0][32900]]
+    both(x, router, scores.max(0).values * 0.75, torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (2, 3)], ids=str)

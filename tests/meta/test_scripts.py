@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from tests import linear_results
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 RESULT = {
@@ -69,9 +71,42 @@ class TestTables:
         assert tables.redraw(drawn, tmp_path) == drawn
         assert (tables.cell(12345.6), tables.cell(None)) == ("12346", "-")
 
+    def test_draws_another_list_of_the_file(self, tmp_path: Path) -> None:
+        summary = [{"goal": "fast", "got": 1.23456, "met": True}, {"goal": "small", "got": None, "met": False}]
+        (tmp_path / "r.json").write_text(json.dumps({**RESULT, "summary": summary}))
+        text = "<!-- table: r.json list=summary columns=goal,got,met -->\n<!-- end table -->"
+        drawn = tables.redraw(text, tmp_path)
+        assert "| fast | 1.235 | yes |\n| small | - | no |\n" in drawn
+
     def test_a_column_that_no_row_has(self) -> None:
         with pytest.raises(ValueError, match="no row has speed"):
             tables.draw(RESULT, ["speed"], {})
+
+
+class TestPicture:
+    def test_the_same_results_give_the_same_picture(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("matplotlib")
+        plot = script("plot_linear")
+        source = tmp_path / "linear.json"
+        source.write_text(json.dumps(linear_results.result()), encoding="utf-8")
+        pictures = [tmp_path / "images" / "a.svg", tmp_path / "images" / "b.svg"]
+        for picture in pictures:
+            assert plot.main(["--results", str(source), "--out", str(picture)]) == 0
+        first, second = (picture.read_bytes() for picture in pictures)
+        assert first == second
+        assert first.startswith(b"<?xml")
+        assert b"<dc:date>" not in first
+        assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
+        assert "No such file or directory; measure first" in capsys.readouterr().out
+
+    def test_what_was_not_measured_is_left_out(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        result = linear_results.result()
+        for row in result["rows"]:
+            row["gemlite2_us"] = None
+            row["time_us"] = None if row["slices"] == 3 else row["time_us"]
+        script("plot_linear").draw(result, tmp_path / "a.svg")
+        assert (tmp_path / "a.svg").stat().st_size > 10_000
 
 
 def test_a_run_that_crashed_counts_as_a_failure(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,18 @@ def test_no_test_lacks_its_prefix(path):
             for f in cls.body
             if isinstance(f, ast.FunctionDef)
         )
+
+
+def test_data_files_go_into_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    shipped = {
+        found
+        for package, patterns in listed.items()
+        for pattern in patterns
+        for found in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    data = {f for f in PACKAGE.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}
+    assert not data - shipped
 
 
 def test_the_environment_is_read_in_one_place():

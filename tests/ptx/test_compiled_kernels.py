@@ -1,4 +1,4 @@
-"""Every family compiled to PTX and cubin for three targets, without a GPU."""
+"""Every family compiled to PTX and cubin for three targets, without a GPU: which instructions, in what order."""
 
 from __future__ import annotations
 
@@ -15,108 +15,182 @@ from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, kernel_
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.codegen.specialise import bindings, template_path
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
-from tests.kernel_cases import spec_id
+from tests.kernel_cases import shares_runs, spec_id
 
 TARGETS = (80, 90, 100)
 TWO = SliceSpec((2, 2), 64)
-BF16 = Dtypes()
-FAMILIES = (
-    (Family.ROUTE, TokenClass.ONE),
-    (Family.QUANTIZE, TokenClass.ONE),
-    (Family.QUANTIZE, TokenClass.MANY),
-    (Family.DECODE, TokenClass.ONE),
-    (Family.GROUPED, TokenClass.UP_TO_16),
-    (Family.GROUPED, TokenClass.MANY),
-)
-LOADS = re.compile(r"\bld\.global\S*\.(?:v(\d)\.)?b(\d+)")
+K = 4096
+MMA, FIRST = Family.SLICED_MMA, Family.ROUTE_QUANTIZE
+ONE, MANY = TokenClass.of(1), TokenClass.of(8)
+KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
+    "route": (FIRST, ONE, {"quantize": False}),
+    "quantize": (FIRST, ONE, {"route": False}),
+    "route_and_quantize": (FIRST, ONE, {}),
+    "route_and_quantize_a8": (FIRST, ONE, {"activation": Activation.A8}),
+    "one_token": (MMA, ONE, {"has_bias": True}),
+    "one_token_a8": (MMA, ONE, {"activation": Activation.A8}),
+    "one_token_siblings": (MMA, ONE, {"parts": 3}),
+    "many_tokens": (MMA, MANY, {}),
+    "many_tokens_siblings": (MMA, MANY, {"parts": 4, "has_bias": True}),
+}
+WORDS = re.compile(r"ld\.global\.nc\.L1::no_allocate\.(?:v(\d)\.)?b32")  # what reads weights, once
+MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+
+
+def chosen(name: str, cc: int = 90, weight: SliceSpec = TWO) -> KernelSpec:
+    """Return the kernel of a name."""
+    family, tokens, options = KERNELS[name]
+    return kernel_spec(family, weight, K, tokens, Target.of(cc), **options)
 
 
 @cache
-def compiled(spec: KernelSpec, cc: int, dtypes: Dtypes = BF16) -> Any:
+def compiled(spec: KernelSpec, cc: int = 90, dtypes: Dtypes | None = None) -> Any:
     """Compile once per session."""
     return kernels.compile_for(spec, cc, dtypes)
 
 
+def ptx_of(spec: KernelSpec, cc: int = 90) -> str:
+    """Return the instructions of a kernel, without lines that say where they come from."""
+    lines = compiled(spec, cc).asm["ptx"].splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith((".loc", ".file", "//")))
+
+
+def multiply_spec(weight: SliceSpec, tokens: TokenClass, **options: Any) -> KernelSpec:
+    """Choose the kernel that multiplies by a weight of K columns."""
+    return kernel_spec(MMA, weight, K, tokens, Target.of(90), **options)
+
+
 @pytest.mark.parametrize("cc", TARGETS)
-@pytest.mark.parametrize(("family", "tokens"), FAMILIES, ids=str)
-def test_every_family_compiles_and_fits(family: Family, tokens: TokenClass, cc: int) -> None:
-    target = Target.of(cc)
-    spec = kernel_spec(family, TWO, 4096, tokens, target, has_bias=True)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_and_fits(name: str, cc: int) -> None:
+    spec, target = chosen(name, cc), Target.of(cc)
     binary = compiled(spec, cc)
     assert f".target sm_{cc}" in binary.asm["ptx"]
     assert len(binary.asm["cubin"]) > 1000
     assert fits(spec, target)
     assert binary.metadata.shared <= shared_bytes(spec) <= target.shared_bytes
-    if family is Family.GROUPED:
-        assert re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", binary.asm["ptx"])
-    if family is Family.DECODE:
-        assert "dp4a.u32.s32" in binary.asm["ptx"]
+    products = re.findall(r"mma\.sync\S*", ptx_of(spec, cc))
+    assert set(products) == ({MULTIPLY} if spec.family is MMA else set())
 
 
-def load_bytes(spec: KernelSpec) -> int:
-    """Return the bytes a thread's load instructions ask for in all."""
-    ptx = compiled(spec, 90).asm["ptx"]
-    return sum(int(lanes or 1) * int(bits) // 8 for lanes, bits in LOADS.findall(ptx))
+@pytest.mark.parametrize("cc", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_overlap_where_devices_can_and_read_nothing_before_their_turn(name: str, cc: int) -> None:
+    spec = chosen(name, cc)
+    assert spec.overlap == (cc >= 90)
+    ptx = ptx_of(spec, cc)
+    signals = re.findall(r"griddepcontrol\.(\w+)", ptx)
+    if not spec.overlap:
+        assert not signals
+        assert "prefetch." not in ptx
+        return
+    assert signals == ["launch_dependents", "wait"]
+    before, after = ptx.split("griddepcontrol.wait")
+    assert not re.search(r"\b(ld|st|red|atom)\.global", before), "the kernel before may still be writing"
+    assert "ld.global" in after
+    assert ("prefetch.global.L2" in before) == spec.prefetch
+    assert "prefetch." not in after
 
 
+def test_without_overlap_nothing_waits() -> None:
+    for name in ("route_and_quantize", "one_token"):
+        spec = replace(chosen(name), overlap=False, prefetch=False)
+        assert "griddepcontrol" not in ptx_of(spec)
+        assert "launch_pdl" not in kernels.options(spec)
+    assert kernels.options(chosen("one_token"))["launch_pdl"] is True
+
+
+def word_bytes(spec: KernelSpec) -> int:
+    """Return the bytes that a lane's loads of packed words ask for in all."""
+    return sum(4 * int(lanes or 1) for lanes in WORDS.findall(ptx_of(spec)))
+
+
+@pytest.mark.parametrize("tokens", [ONE, MANY])
 @pytest.mark.parametrize("layout", list(Layout))
-def test_decode_loads_grow_linearly_with_the_slices_used(layout: Layout) -> None:
-    """A kernel has a body per slice count; the body that a further slice adds grows by one slice's words a time."""
-    loads = []
-    for slices in range(1, 5):
-        spec = SliceSpec((2,) * slices, 128, layout)
-        loads.append(load_bytes(kernel_spec(Family.DECODE, spec, 4096, TokenClass.ONE, Target.of(90))))
+def test_loads_of_words_grow_linearly_with_the_slices_used(layout: Layout, tokens: TokenClass) -> None:
+    """A kernel has bodies by slice count; what a further slice adds grows by one slice's words a time."""
+    loads = [word_bytes(multiply_spec(SliceSpec((2,) * slices, 128, layout), tokens)) for slices in range(1, 5)]
     bodies = [b - a for a, b in pairwise([0, *loads])]
-    growth = [b - a for a, b in pairwise(bodies[1:])]
-    # One warp reads 2 rows of 128 positions of one 2-bit word (or two planes' words of 1/32 as many columns) a step.
-    assert growth[0] > 0
-    assert len(set(growth)) == 1
+    assert bodies[1] > 0
+    assert [2 * body for body in bodies[1:]] == [count * bodies[1] for count in (2, 3, 4)]
 
 
-def test_words_are_loaded_once_for_all_their_places() -> None:
-    spec = kernel_spec(Family.DECODE, SliceSpec((2,), 128), 4096, TokenClass.ONE, Target.of(90))
-    words = spec.block_n * spec.block_w // 32  # a lane's share of a step: one word a position
-    scales = 2 * 2 * spec.block_n * spec.block_w // 8 // 32 * 2  # at most: fp16 scale and zero of each group
-    quantized = 2 * 4 * spec.block_w // 32 * 4  # two halves of four places
-    groups = 2 * 4 * spec.block_w // 8  # at most: step and total
-    assert load_bytes(spec) <= 4 + 4 * words + scales + quantized + groups
-
-
-@pytest.mark.parametrize("activation", list(Activation))
-def test_eight_bit_activations_halve_the_dot_products(activation: Activation) -> None:
-    spec = kernel_spec(Family.DECODE, SliceSpec((2,), 128), 4096, TokenClass.ONE, Target.of(90), activation=activation)
-    lanes = spec.block_n * spec.block_w // 32
-    halves = 2 if activation is Activation.A16 else 1
-    assert compiled(spec, 90).asm["ptx"].count("dp4a") == halves * 4 * lanes
+@pytest.mark.parametrize("weight", [SliceSpec((2,), 128), SliceSpec((2,), 64), SliceSpec((4,), 64)], ids=spec_id)
+def test_no_word_is_loaded_twice(weight: SliceSpec) -> None:
+    spec = multiply_spec(weight, ONE)
+    tile = spec.block_n * 2 * weight.group  # weights of a pair of groups, shared by the lanes of a warp
+    assert word_bytes(spec) == tile * weight.total_bits // 8 // 32
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("weight", "words"),
     [
-        SliceSpec((4, 2, 2), 64),
-        SliceSpec((3, 3, 2), 32, Layout.BIT_MAJOR),
-        SliceSpec((1,) * 3, 32),
-        SliceSpec((4,), 32),
+        (SliceSpec((2, 2), 128), 4),
+        (SliceSpec((4,), 64), 4),
+        (SliceSpec((2, 2), 64), 2),
+        (SliceSpec((2, 2), 128, Layout.BIT_MAJOR), 2),
+        (SliceSpec((4, 4), 128), 4),
     ],
-    ids=spec_id,
+    ids=str,
 )
-@pytest.mark.parametrize(("family", "tokens"), [(Family.DECODE, TokenClass.ONE), (Family.GROUPED, TokenClass.UP_TO_16)])
-def test_other_widths_and_layouts_compile(spec: SliceSpec, family: Family, tokens: TokenClass) -> None:
-    chosen = kernel_spec(family, spec, 4000, tokens, Target.of(90))
-    assert compiled(chosen, 90, Dtypes("fp32", "fp32")).asm["cubin"]
+def test_words_are_loaded_in_vectors(weight: SliceSpec, words: int) -> None:
+    for tokens in (ONE, MANY):
+        found = WORDS.findall(ptx_of(multiply_spec(weight, tokens)))
+        assert {int(lanes or 1) for lanes in found} == {words}
+
+
+def test_loads_are_predicated_where_chains_do_not_come_out_even() -> None:
+    """Of 17 groups, seven chains have none in their second step: no lane may read past the end."""
+    spec = kernel_spec(MMA, SliceSpec((2, 2), 128), 17 * 128, ONE, Target.of(90))
+    assert not WORDS.findall(ptx_of(spec))
+    assert re.search(r"@p ld\.global\.v4\.b32", ptx_of(spec))
+
+
+@pytest.mark.parametrize("tokens", [ONE, MANY])
+def test_eight_bit_activations_halve_the_products(tokens: TokenClass) -> None:
+    counts = {a: ptx_of(multiply_spec(TWO, tokens, activation=a)).count(MULTIPLY) for a in Activation}
+    assert counts[Activation.A16] == 2 * counts[Activation.A8] > 0
+
+
+@pytest.mark.parametrize("tokens", [ONE, MANY])
+def test_one_body_serves_all_weights_of_a_launch(tokens: TokenClass) -> None:
+    alone, together = (ptx_of(multiply_spec(TWO, tokens, parts=parts)) for parts in (1, 4))
+    assert together.count(MULTIPLY) == alone.count(MULTIPLY)
+    assert len(WORDS.findall(together)) == len(WORDS.findall(alone))
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "value", "message"),
+    ("weight", "dtypes"),
     [
-        (Family.ROUTE, "NUM_SLICES", 9, "a code has 1 to 8 slices"),
-        (Family.QUANTIZE, "ACTIVATION", "a4", "activations have 16 or 8 bits"),
-        (Family.DECODE, "GROUP", 48, "a group has 32, 64 or 128 columns"),
-        (Family.GROUPED, "BLOCK_M", 8, "tiles of 16 to 256 tokens"),
+        (SliceSpec((4, 2, 2), 64), Dtypes("fp32", "fp32")),
+        (SliceSpec((3, 3, 2), 32, Layout.BIT_MAJOR), Dtypes("fp16", "bf16")),
+        (SliceSpec((1,) * 3, 32), Dtypes("fp32", "fp16")),
+        (SliceSpec((1,) * 8, 64), Dtypes("bf16", "fp32")),
+        (SliceSpec((4, 1, 2), 128), Dtypes("bf16", "bf16")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [ONE, MANY])
+def test_other_widths_layouts_and_dtypes_compile(weight: SliceSpec, dtypes: Dtypes, tokens: TokenClass) -> None:
+    spec = kernel_spec(MMA, weight, 4000, tokens, Target.of(90), has_bias=True)
+    assert compiled(spec, 90, dtypes).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "constexpr", "value", "message"),
+    [
+        ("route", "NUM_SLICES", 9, "a code has 1 to 8 slices"),
+        ("quantize", "ACTIVATION", "a4", "activations have 16 or 8 bits"),
+        ("quantize", "BLOCK_W", 1 << 16, "whole groups, at most 32768 columns a step"),
+        ("one_token", "GROUP", 48, "a group has 32, 64 or 128 columns"),
+        ("one_token", "LAYOUT", "by_byte", "slices are packed whole or by plane"),
+        ("one_token_siblings", "PARTS", 5, "one launch serves 1 to 4 weights"),
+        ("many_tokens", "BLOCK_M", 3, "a program has one token, or eight"),
+        ("many_tokens", "K_PADDED", 100, "columns are padded to whole groups"),
     ],
 )
 def test_an_illegal_constexpr_is_refused_by_the_template_itself(
-    family: Family, name: str, value: int | str, message: str
+    name: str, constexpr: str, value: int | str, message: str
 ) -> None:
     """Templates are Triton kernels of their own, also when nothing was specialised."""
     from importlib import import_module
@@ -126,21 +200,43 @@ def test_an_illegal_constexpr_is_refused_by_the_template_itself(
     from triton.compiler import ASTSource
     from triton.compiler.errors import CompilationError
 
-    tokens = TokenClass.UP_TO_16 if family is Family.GROUPED else TokenClass.ONE
-    spec = kernel_spec(family, TWO, 256, tokens, Target.of(90))
+    spec = chosen(name)
+    family = spec.family
     function = getattr(import_module(f"mobiquant_compiler.codegen.templates.{template_path(family).stem}"), family)
-    bound = {key: v for key, v in bindings(replace(spec)).items() if key in function.arg_names}
+    bound = {key: v for key, v in bindings(spec).items() if key in function.arg_names}
     types = {n: "constexpr" if n in bound else parameter_type(n, family, Dtypes()) for n in function.arg_names}
-    constants = {(function.arg_names.index(key),): v for key, v in {**bound, name: value}.items()}
+    constants = {(function.arg_names.index(key),): v for key, v in {**bound, constexpr: value}.items()}
     with pytest.raises(CompilationError) as caught:
         triton.compile(ASTSource(function, types, constexprs=constants), target=GPUTarget("cuda", 90, 32))
     assert message in f"{caught.value} {caught.value.__cause__}"
 
 
-def test_contraction_is_only_where_it_is_written() -> None:
-    """Bodies for different counts round alike: their float fma are those of `add_group` and no others."""
-    spec = kernel_spec(Family.DECODE, SliceSpec((2, 2), 128), 4096, TokenClass.ONE, Target.of(90))
-    assert kernels.options(spec)["enable_fp_fusion"] is False
-    lanes = max(1, spec.block_n * spec.block_w // 8 // 32)
-    # Two a group; with one slice nothing shrinks, and the first of them is a plain difference.
-    assert compiled(spec, 90).asm["ptx"].count("fma.rn.f32") == (1 + 2) * lanes
+@pytest.mark.parametrize("weight", [SliceSpec((2, 2), 128), SliceSpec((1, 2, 1), 64, Layout.BIT_MAJOR)], ids=spec_id)
+def test_contraction_is_only_where_it_is_written(weight: SliceSpec) -> None:
+    """Bodies for different counts round alike: their float fma are the three of each `add_group`, and no others."""
+    for tokens in (ONE, MANY):
+        for activation in Activation:
+            spec = multiply_spec(weight, tokens, activation=activation)
+            assert kernels.options(spec)["enable_fp_fusion"] is False
+            ptx = ptx_of(spec)
+            groups = 2 if tokens is ONE and shares_runs(weight) else 1  # that one tile of sums is the product of
+            halves = 2 if activation is Activation.A16 else 1
+            tiles = ptx.count(MULTIPLY) // (groups * weight.group // 32 * halves)
+            assert ptx.count("fma.rn.f32") == tiles * 4 * 3, "a tile is four sums a lane"
+            assert "fma.rn.ftz" not in ptx
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_small_numbers_are_not_flushed(name: str) -> None:
+    assert ".ftz" not in ptx_of(chosen(name))
+
+
+def test_quantizing_rounds_once() -> None:
+    """No contraction and, in a16, no division: the step is a power of two."""
+    assert not re.search(r"\bfma\.|\bdiv\.", ptx_of(chosen("quantize")))
+    assert re.search(r"\bdiv\.(full|rn)\.f32", ptx_of(chosen("route_and_quantize_a8")))
+
+
+def test_slice_counts_are_counted_by_one_addition_a_token() -> None:
+    for name, number in (("route", 1), ("quantize", 0), ("route_and_quantize", 1)):
+        assert len(re.findall(r"(?:atom|red)\.\S*add\S*\.u64", ptx_of(chosen(name)))) == number

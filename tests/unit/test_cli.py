@@ -66,7 +66,7 @@ class TestHelp:
     def test_lists_every_command(self, run: Run) -> None:
         code, out, _ = run("--help")
         assert code == 0
-        for name in ("demo", "quantize", "eval", "generate", "bench", "inspect", "dump", "explain", "passes"):
+        for name in ("demo", "quantize", "eval", "generate", "bench", "tune", "inspect", "dump", "explain", "passes"):
             assert f"\n  {name} " in out
         assert "--install-completion" in out
 

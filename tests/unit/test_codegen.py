@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from mobiquant_compiler.codegen import cache, configs, geometry, specialise, toolchain
-from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, kernel_spec, shared_bytes
+from mobiquant_compiler.codegen import cache, configs, specialise, toolchain
+from mobiquant_compiler.codegen.configs import Target, TokenClass, choose, fits, kernel_spec, shared_bytes
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit, TritonMissing
-from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, Order, SliceSpec
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Family, KernelSpec, Layout, SliceSpec
 
 H100 = Target.of(90)
+MMA, FIRST, DEQUANTIZE = Family.SLICED_MMA, Family.ROUTE_QUANTIZE, Family.DEQUANTIZE
 
 
-def spec_of(family: Family, spec: SliceSpec | None = None, tokens: TokenClass | None = None, **options) -> KernelSpec:
+def spec_of(family: Family, spec: SliceSpec | None = None, tokens: int = 1, **options) -> KernelSpec:
     """Choose a kernel of `family` for 4096 columns."""
-    tokens = tokens or (TokenClass.MANY if family is Family.GROUPED else TokenClass.ONE)
-    return kernel_spec(family, spec or SliceSpec(), 4096, tokens, H100, **options)
+    return kernel_spec(family, spec or SliceSpec(), 4096, TokenClass.of(tokens), H100, **options)
 
 
 def parameters(source: str, function: str) -> list[str]:
@@ -57,34 +57,71 @@ def test_every_constexpr_of_a_template_is_bound(family: Family) -> None:
 
 
 def test_the_header_says_what_was_bound() -> None:
-    spec = spec_of(Family.DECODE)
+    spec = spec_of(MMA)
     header = [line for line in specialise.specialise(spec).splitlines() if line.startswith("#")]
     for name, value in spec.describe().items():
         assert f"# {name}: {value}" in header
+    assert f"# template: templates/sliced_mma.py, sha256 {specialise.template_digest(MMA)}" in header
 
 
 def test_dead_branches_and_their_parameters_are_gone() -> None:
-    plain = specialise.specialise(spec_of(Family.DECODE))
-    full = specialise.specialise(spec_of(Family.DECODE, has_bias=True))
-    assert "bias_ptr" not in parameters(plain, "decode_gemv")
-    assert "bias_ptr" in parameters(full, "decode_gemv")
-    a8 = specialise.specialise(spec_of(Family.GROUPED, activation=Activation.A8))
-    assert "low_ptr" not in a8
-    assert "rows_ptr" in parameters(a8, "grouped_gemm")
-    small = specialise.specialise(spec_of(Family.GROUPED, tokens=TokenClass.UP_TO_16))
-    assert "rows_ptr" not in parameters(small, "grouped_gemm")
-    assert small.count("MIXED=") == 1  # the straight bodies are for sorted rows
+    plain = parameters(specialise.specialise(spec_of(MMA)), "sliced_mma")
+    full = parameters(specialise.specialise(spec_of(MMA, has_bias=True)), "sliced_mma")
+    assert "bias_ptr" not in plain
+    assert "bias_ptr" in full
+    assert len(full) == len(plain) + 1
 
 
-def test_a_static_assert_that_fails_is_an_error_of_ours() -> None:
-    with pytest.raises(BadKernelSpec, match=r"kernel grouped_gemm: .*tensor cores take tiles of 16 to 256 tokens"):
-        specialise.specialise(replace(spec_of(Family.GROUPED), block_m=8))
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_a_launch_has_parameters_for_its_weights_and_no_others(parts: int) -> None:
+    source = specialise.specialise(spec_of(MMA, parts=parts, has_bias=True))
+    found = parameters(source, "sliced_mma")
+    for stem in ("slices{}_ptr", "scale{}_ptr", "zero{}_ptr", "bias{}_ptr", "y{}_ptr", "n{}_rows"):
+        names = [stem.format(mark) for mark in ("", "1", "2", "3")]
+        assert [name in found for name in names] == [number < parts for number in range(4)]
 
 
-@pytest.mark.parametrize(("name", "value"), [("block_n", 3), ("num_warps", 0), ("num_stages", 0), ("k", 100)])
+def test_either_half_of_the_first_kernel_can_stand_alone() -> None:
+    routing = {"energy_ptr", "gain_ptr", "thresholds_ptr", "hist_ptr", "mask_ptr", "counts_ptr", "capacity"}
+    bytes_ = {"high_ptr", "low_ptr", "affine_ptr"}
+
+    def found(**options) -> set[str]:
+        return set(parameters(specialise.specialise(spec_of(FIRST, **options)), "route_quantize"))
+
+    assert routing | bytes_ <= found()
+    assert found(quantize=False) == found() - bytes_
+    assert found(route=False) == found() - routing
+    assert found(activation=Activation.A8) == found() - {"low_ptr"}
+
+
+def test_waiting_is_for_kernels_that_overlap() -> None:
+    for family in (MMA, FIRST):
+        spec = spec_of(family)
+        assert specialise.specialise(spec).count("gdc_wait()") == 1
+        assert "gdc_wait()" not in specialise.specialise(replace(spec, overlap=False))
+    assert "gdc_wait()" not in specialise.specialise(spec_of(DEQUANTIZE))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (MMA, {"block_m": 16}, "a program has one token, or eight"),
+        (MMA, {"block_n": 64}, "a program has 16 output rows"),
+        (FIRST, {"block_w": 64}, "whole groups, at most 32768 columns a step"),
+        (DEQUANTIZE, {"block_w": 64}, "a run has whole groups"),
+    ],
+)
+def test_a_static_assert_that_fails_is_an_error_of_ours(family: Family, change: dict[str, int], message: str) -> None:
+    with pytest.raises(BadKernelSpec, match=rf"kernel {family}: .*{message}"):
+        specialise.specialise(replace(spec_of(family), **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("block_n", 3), ("num_warps", 0), ("num_stages", 0), ("k", 100), ("parts", 0), ("parts", 5)]
+)
 def test_a_spec_that_cannot_be_is_refused(name: str, value: int) -> None:
-    with pytest.raises(BadKernelSpec, match=f"kernel decode_gemv: {name} got {value}"):
-        replace(spec_of(Family.DECODE), **{name: value})
+    with pytest.raises(BadKernelSpec, match=f"kernel sliced_mma: {name} got {value}"):
+        replace(spec_of(MMA), **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -101,7 +138,7 @@ def test_a_spec_that_cannot_be_is_refused(name: str, value: int) -> None:
 )
 def test_folding(text: str, wanted: str) -> None:
     values = {"FLAG": True, "COUNT": 2, "SIZES": (5, 3)}
-    tree = specialise._Bind(spec_of(Family.ROUTE), values, set()).visit(ast.parse(text))
+    tree = specialise._Bind(spec_of(FIRST), values, set()).visit(ast.parse(text))
     assert ast.unparse(ast.fix_missing_locations(tree)) == wanted
 
 
@@ -113,34 +150,32 @@ def test_folding(text: str, wanted: str) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_there_is_a_tile_for_every_class_and_target(cc: int, tokens: TokenClass, group: int) -> None:
     target = Target.of(cc)
-    family = Family.DECODE if tokens is TokenClass.ONE else Family.GROUPED
-    for chosen in (family, Family.QUANTIZE, Family.ROUTE):
+    for family in Family:
         for widths in ((2, 2, 2, 2), (1,) * 8, (4, 2)):
-            spec = kernel_spec(chosen, SliceSpec(widths, group), 4096, tokens, target)
+            spec = kernel_spec(family, SliceSpec(widths, group), 4096, tokens, target)
             assert fits(spec, target)
+            assert spec.overlap == (cc >= 90 and family is not DEQUANTIZE)
             if cc == H100.cc:
                 specialise.specialise(spec)
 
 
-def test_the_estimate_grows_with_the_tile_and_halves_with_eight_bit_activations() -> None:
-    spec = spec_of(Family.GROUPED)
-    assert shared_bytes(replace(spec, block_m=2 * spec.block_m)) > shared_bytes(spec)
-    assert shared_bytes(replace(spec, num_stages=3)) > shared_bytes(spec)
-    assert shared_bytes(replace(spec, activation=Activation.A8)) < shared_bytes(spec)
-    # (2 * 64 + 64) * 128 * 2 stages + words 4 * 64 * 128 + tile 4 * 64 * 64
-    assert shared_bytes(spec) == 98304
+def test_the_estimate_grows_with_the_tile() -> None:
+    first, many = spec_of(FIRST), spec_of(DEQUANTIZE)
+    assert shared_bytes(replace(many, block_n=2 * many.block_n)) == 2 * shared_bytes(many)
+    assert shared_bytes(replace(many, block_w=2 * many.block_w)) == 2 * shared_bytes(many)
+    assert shared_bytes(replace(first, num_warps=2 * first.num_warps)) == 2 * shared_bytes(first)
 
 
 def test_the_next_tile_is_taken_where_the_best_does_not_fit() -> None:
-    best = kernel_spec(Family.GROUPED, SliceSpec(), 4096, TokenClass.MANY, H100)
-    small = Target(75, shared_bytes(best) - 1)
-    assert not fits(best, small)
-    assert fits(kernel_spec(Family.GROUPED, SliceSpec(), 4096, TokenClass.MANY, small), small)
+    best = spec_of(DEQUANTIZE)
+    half = replace(best, block_n=best.block_n // 2)
+    for limit, wanted in ((shared_bytes(best), best), (shared_bytes(best) - 1, half)):
+        assert choose((best, half), Target(75, limit)) is wanted
 
 
 def test_no_tile_at_all_is_an_error_that_says_by_how_much() -> None:
-    with pytest.raises(KernelDoesNotFit, match=r"kernel grouped_gemm: .* sm_75 .* limit 1000\)"):
-        kernel_spec(Family.GROUPED, SliceSpec(), 4096, TokenClass.MANY, Target(75, 1000))
+    with pytest.raises(KernelDoesNotFit, match=r"kernel dequantize: .* sm_75 .* limit 1000\)"):
+        kernel_spec(DEQUANTIZE, SliceSpec(), 4096, TokenClass.MANY, Target(75, 1000))
 
 
 def test_an_unknown_target_is_taken_for_the_next_older_one() -> None:
@@ -156,58 +191,127 @@ def test_token_classes_cover_all_numbers(tokens: int) -> None:
     assert int(low) <= tokens <= int(high or (low if tokens == 1 else tokens))
 
 
-@pytest.mark.parametrize("k", [32, 100, 576, 1536, 4096, 11008])
-@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (4, 4), (1,) * 8])
-def test_steps_hold_whole_groups_and_no_more_columns_than_there_are(k: int, widths: tuple[int, ...]) -> None:
-    weight = SliceSpec(widths, 32)
-    decode = kernel_spec(Family.DECODE, weight, k, TokenClass.ONE, H100)
-    assert decode.block_w * geometry.span(weight) % 32 == 0
-    assert decode.block_w <= 2 * decode.k // geometry.span(weight)
-    quantize = kernel_spec(Family.QUANTIZE, weight, k, TokenClass.ONE, H100)
-    assert quantize.order is Order.PLACES
-    assert quantize.block_w % 32 == 0
+@pytest.mark.parametrize("k", [32, 100, 576, 1536, 4096, 11008, 40000])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_steps_hold_whole_groups_and_few_columns_too_many(k: int, group: int) -> None:
+    spec = kernel_spec(FIRST, SliceSpec(group=group), k, TokenClass.ONE, H100)
+    assert spec.block_w % group == 0
+    assert spec.block_w < 2 * spec.k
+    assert spec.block_w >= min(spec.k, 32768), "all of a token at once, while registers hold it"
+    assert 4 <= spec.num_warps <= 32
+    for family in Family:
+        assert kernel_spec(family, SliceSpec(group=group), k, TokenClass.MANY, H100).k == SliceSpec(group=group).padded(
+            k
+        )
+
+
+def test_every_number_of_tokens_on_the_integer_path_has_one_kernel() -> None:
+    """A kernel serves a class, so that warming up a class leaves nothing to compile."""
+    for tokens in range(1, 2 * PREFILL_TOKENS):
+        spec = spec_of(MMA, tokens=tokens)
+        assert spec == spec_of(MMA, tokens=TokenClass.of(tokens).sample)
+        assert spec.block_m == (1 if tokens == 1 else 8)
+
+
+def test_what_does_not_concern_a_family_does_not_make_another_kernel() -> None:
+    many = {"has_bias": True, "parts": 3}
+    assert spec_of(FIRST, **many) == spec_of(FIRST)
+    assert spec_of(DEQUANTIZE, tokens=3, **many) == spec_of(DEQUANTIZE)
+    for name in ("route", "quantize", "sorted_rows"):
+        assert spec_of(MMA, **{name: False}) == spec_of(MMA)
+    assert spec_of(FIRST, emulate=True) == replace(spec_of(FIRST), overlap=False)
+
+
+def test_the_interpreter_gets_kernels_without_devices_options() -> None:
+    spec = spec_of(MMA, emulate=True)
+    assert spec.emulate
+    assert [spec.overlap, spec.prefetch, spec.max_registers] == [False, False, 0]
+    assert cache.options(spec) == {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def test_options_follow_the_spec() -> None:
+    spec = replace(spec_of(MMA), num_warps=8, max_registers=96, overlap=True)
+    assert cache.options(spec) == {
+        "num_warps": 8,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": False,
+        "maxnreg": 96,
+        "launch_pdl": True,
+    }
 
 
 # --- cache -------------------------------------------------------------------------------------------
 
 
 def test_the_cache_key_moves_with_the_spec_the_template_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = spec_of(Family.DECODE)
+    spec = spec_of(MMA)
     key = cache.cache_key(spec)
     assert key == cache.cache_key(replace(spec))
     assert key != cache.cache_key(replace(spec, has_bias=True))
     monkeypatch.setattr(toolchain, "version", lambda: "0.0")
     assert key != cache.cache_key(spec)
-    monkeypatch.undo()
+
+
+def read_by(path: Path) -> set[Path]:
+    """Return the files of `codegen` that a file imports, and those that they import."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mobiquant_compiler"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            files = {
+                Path(str(path).partition("mobiquant_compiler")[0], *name.split(".")).with_suffix(".py")
+                for name in names
+            }
+            found |= {file for file in files if file.is_file()}
+    return found.union(*(read_by(file) for file in found)) if found else found
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_the_cache_key_moves_with_every_file_that_a_kernel_runs(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(family)
+    key = cache.cache_key(spec)
+    template = specialise.template_path(family)
+    files = read_by(template) | {template}
+    assert len(files) > 1, "templates share functions"
     source = specialise._source
-    monkeypatch.setattr(specialise, "_source", lambda path: source(path) + ("#" if path.stem == "device" else ""))
-    assert key != cache.cache_key(spec)
+    for file in files:
+        monkeypatch.setattr(specialise, "_source", lambda path, file=file: source(path) + "#" * (path == file))
+        assert key != cache.cache_key(spec), f"{file.name} could change under a kernel that is kept"
 
 
 def test_names_differ_where_specs_differ() -> None:
-    spec = spec_of(Family.GROUPED)
+    spec = spec_of(MMA)
     changes = {
+        "family": DEQUANTIZE,
         "widths": (2, 2),
-        "k": 2048,
-        "layout": Layout.BIT_MAJOR,
         "group": 64,
+        "layout": Layout.BIT_MAJOR,
+        "k": 2048,
         "activation": Activation.A8,
         "has_bias": True,
+        "parts": 2,
+        "route": True,
+        "quantize": True,
         "block_m": 32,
         "block_n": 32,
         "block_w": 256,
         "num_warps": 2,
-        "num_stages": 1,
-        "order": Order.PLACES,
-        "sorted_rows": False,
+        "num_stages": 5,
+        "overlap": not spec.overlap,
+        "prefetch": not spec.prefetch,
+        "max_registers": 99,
+        "sorted_rows": True,
         "emulate": True,
     }
+    assert set(changes) == set(spec.describe()), "every field"
     names = {replace(spec, **{name: value}).name for name, value in changes.items()}
     assert len(names | {spec.name}) == len(changes) + 1
 
 
 def test_emit_writes_the_text_once(tmp_path: Path) -> None:
-    spec = spec_of(Family.QUANTIZE)
+    spec = spec_of(DEQUANTIZE)
     path = cache.emit(spec, tmp_path)
     assert path == tmp_path / f"{spec.name}.py"
     assert path.read_text(encoding="utf-8") == specialise.specialise(spec)
@@ -220,7 +324,7 @@ def test_emit_writes_the_text_once(tmp_path: Path) -> None:
 
 def test_emit_uses_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBIQUANT_CACHE", str(tmp_path))
-    spec = spec_of(Family.ROUTE)
+    spec = spec_of(FIRST)
     assert cache.emit(spec) == tmp_path / "kernels" / f"{spec.name}__{cache.cache_key(spec)}.py"
 
 
@@ -230,7 +334,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(
     occupied = tmp_path / "file"
     occupied.write_text("not a directory", encoding="utf-8")
     monkeypatch.setenv("MOBIQUANT_CACHE", str(occupied))
-    assert cache.emit(spec_of(Family.ROUTE)).is_file()
+    assert cache.emit(spec_of(FIRST)).is_file()
     assert "kernel cache cannot be written" in caplog.text
 
 
@@ -238,7 +342,7 @@ def test_without_triton_text_is_emitted_and_loading_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = replace(spec_of(Family.ROUTE), block_w=64)
+    spec = replace(spec_of(FIRST), block_w=8192)
     assert "for triton absent" in cache.emit(spec, tmp_path).read_text(encoding="utf-8")
     with pytest.raises(TritonMissing, match="CUDA kernels need triton"):
         cache.load(spec)
@@ -254,4 +358,17 @@ def test_importing_the_package_imports_no_triton_and_no_kernel() -> None:
 
 
 def test_configs_is_the_only_table_of_tiles() -> None:
-    assert {family for family, _ in configs._TILES} == set(Family)
+    families = {family for family, *_ in configs._TILES}
+    assert families == set(Family) - {FIRST}, "the tile of route_quantize follows from the number of columns"
+
+
+def test_loading_twice_is_loading_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("MOBIQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_LOADED", {})
+    spec = spec_of(FIRST)
+    kernel = cache.load(spec)
+    assert cache.load(replace(spec)) is kernel
+    assert cache.loaded_kernels() == (kernel,)
+    assert cache.compiled_kernels() == 0, "nothing was launched"
+    assert kernel.parameters == tuple(parameters(kernel.path.read_text(encoding="utf-8"), "route_quantize"))

@@ -101,6 +101,8 @@ def test_configs_are_frozen():
         ({"budget": True}, "'budget' got True"),
         ({"strict": 1}, "'strict' got 1"),
         ({"dump": 3}, "'dump' got 3"),
+        ({"activation": "a4"}, r"'activation' got 'a4'; wanted one of \['a16', 'a8'\]"),
+        ({"prefill": "fast"}, r"'prefill' got 'fast'; wanted one of \['routed', 'full', 'exact'\]"),
         ({"checkpoint": "no-such-directory"}, "'checkpoint' got 'no-such-directory'; wanted an existing directory"),
         ({"slices": 4}, "'slices' got 4"),
         ({"passes": 4}, "'passes' got 4"),
@@ -160,10 +162,10 @@ def test_spec_sizes():
     assert SliceSpec((2,), 32, "bit_major").layout is Layout.BIT_MAJOR
 
 
-@pytest.mark.parametrize("change", [{"k": 100}, {"block_n": 3}, {"num_warps": 0}, {"num_stages": 0}])
+@pytest.mark.parametrize("change", [{"k": 100}, {"block_n": 3}, {"num_warps": 0}, {"num_stages": 0}, {"parts": 5}])
 def test_impossible_kernels_are_refused(change):
-    fields = {"family": Family.DECODE, "widths": (2, 2), "group": 64, "layout": Layout.SLICE_MAJOR, "k": 128}
+    fields = {"family": Family.SLICED_MMA, "widths": (2, 2), "group": 64, "layout": Layout.SLICE_MAJOR, "k": 128}
     name = next(iter(change))
-    with pytest.raises(BadKernelSpec, match=f"kernel decode_gemv: {name} got"):
+    with pytest.raises(BadKernelSpec, match=f"kernel sliced_mma: {name} got"):
         KernelSpec(**fields | change)
     assert KernelSpec(**fields).describe()["k"] == "128"

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from mobiquant_compiler import cpu, reference
-from mobiquant_compiler.ops import OPS, SCHEMAS
+from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.ops import ELASTIC_LINEARS, OPS, SCHEMAS
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import reconstruct, slice_weight
-from mobiquant_compiler.spec import Layout, SliceSpec
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Layout, Prefill, SliceSpec
 from tests.tolerances import EXACT_MATH, RESULTS, assert_near
 
 SPECS = [
@@ -45,12 +46,21 @@ class Case:
 
     @property
     def route_args(self) -> tuple:
-        return (self.x, self.router, self.thresholds, self.hist, self.mask, "energy")
+        return (self.x, self.router, self.thresholds, self.hist, self.mask, "energy", "routed")
 
     @property
     def weight_args(self) -> tuple:
-        spec = self.spec
-        return (self.slices, self.scale, self.zero, self.bias, list(spec.widths), spec.group, str(spec.layout))
+        return (self.slices, self.scale, self.zero, self.bias, *self.spec_args)
+
+    @property
+    def spec_args(self) -> tuple:
+        return (list(self.spec.widths), self.spec.group, str(self.spec.layout), "a16", "routed")
+
+    def weights_args(self, number: int) -> tuple:
+        """Return arguments of the plural ops: this weight and others of the same spec, every second without bias."""
+        others = [Case(self.spec, 1, 8 * i, bias=i % 2 == 0) for i in range(1, number)]
+        cases = [self, *others]
+        return (*([getattr(c, name) for c in cases] for name in ("slices", "scale", "zero", "bias")), *self.spec_args)
 
     def counts(self) -> torch.Tensor:
         return torch.randint(1, self.spec.num_slices + 1, (self.tokens,), dtype=torch.int32)
@@ -126,7 +136,7 @@ def test_routes_agree_between_cpu_and_reference(tokens):
 
 def test_whole_op_is_route_and_routed_linear():
     case = Case(SPECS[0], 40)
-    y = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    y = OPS.elastic_linear(*case.route_args[:-1], *case.weight_args)
     counts = OPS.route(*case.route_args)
     assert torch.equal(y, OPS.routed_linear(case.x, counts, *case.weight_args))
     assert case.hist.sum() == 80, "both calls count"
@@ -136,9 +146,9 @@ def test_whole_op_is_route_and_routed_linear():
 def test_leading_dimensions_are_kept(shape):
     case = Case(SPECS[0], 8)
     x = torch.randn(*shape, 100)
-    y = OPS.elastic_linear(x, *case.route_args[1:], *case.weight_args)
+    y = OPS.elastic_linear(x, *case.route_args[1:-1], *case.weight_args)
     assert y.shape == (*shape, 24)
-    flat = OPS.elastic_linear(x.reshape(-1, 100), *case.route_args[1:], *case.weight_args)
+    flat = OPS.elastic_linear(x.reshape(-1, 100), *case.route_args[1:-1], *case.weight_args)
     assert_near(y.reshape(-1, 24), flat, EXACT_MATH)
     assert OPS.route(x, *case.route_args[1:]).shape == shape
 
@@ -147,7 +157,7 @@ def opcheck_cases():
     """Yield every op at three sizes, and the ops that know layouts at every spec."""
     for name in sorted(SCHEMAS):
         yield from (pytest.param(name, SPECS[0], tokens, id=f"{name}-{tokens}") for tokens in (0, 1, 5))
-    for name in ("elastic_linear", "slice_gemm"):
+    for name in ("elastic_linear", "slice_gemm", "routed_linears", "elastic_linears.n3"):
         yield from (pytest.param(name, SPECS[i], 5, id=f"{name}-{IDS[i]}") for i in (1, 2, 3))
 
 
@@ -162,16 +172,19 @@ def test_opcheck(name, spec, tokens):
         "slice_gemm": (grouped, offsets, *case.weight_args),
         "scatter": (torch.randn(tokens, 24), rows, counts),
         "routed_linear": (case.x, counts, *case.weight_args),
-        "elastic_linear": (*case.route_args, *case.weight_args),
+        "elastic_linear": (*case.route_args[:-1], *case.weight_args),
+        "routed_linears": (case.x, counts, *case.weights_args(3)),
+        **{f"elastic_linears.n{n}": (*case.route_args[:-1], *case.weights_args(n)) for n in ELASTIC_LINEARS},
     }
-    opcheck(getattr(OPS, name).default, arguments[name])
+    op, _, overload = name.partition(".")
+    opcheck(getattr(getattr(OPS, op), overload or "default"), arguments[name])
 
 
 def test_nan_in_one_token_stays_in_that_token():
     case = Case(SPECS[0], 6)
-    clean = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    clean = OPS.elastic_linear(*case.route_args[:-1], *case.weight_args)
     case.x[2, 5] = float("nan")
-    y = OPS.elastic_linear(*case.route_args, *case.weight_args)
+    y = OPS.elastic_linear(*case.route_args[:-1], *case.weight_args)
     others = [0, 1, 3, 4, 5]
     assert y[2].isnan().all()
     assert_near(y[others], clean[others], EXACT_MATH)
@@ -203,7 +216,8 @@ def test_a_lower_threshold_never_gives_a_token_fewer_slices(seed, low, step):
     router = [torch.rand(40, generator=generator), torch.tensor([1.0, 0.25, 0.06])]
     hist, mask = torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     counts = [
-        OPS.route(x, router, torch.full((3,), 10.0**exponent), hist, mask, "energy") for exponent in (low + step, low)
+        OPS.route(x, router, torch.full((3,), 10.0**exponent), hist, mask, "energy", "routed")
+        for exponent in (low + step, low)
     ]
     assert (counts[0] <= counts[1]).all()
 
@@ -233,3 +247,80 @@ def test_padding_is_left_out_of_the_histogram_and_only_there(tokens):
     assert int(case.hist.sum()) == {1: 0, 4: 2}[tokens]
     OPS.route(torch.randn(3, 100), *case.route_args[1:])  # another number of tokens is counted whole
     assert int(case.hist.sum()) == {1: 0, 4: 2}[tokens] + 3
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 40])
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_several_linears_at_once_are_each_of_them(spec, tokens):
+    case = Case(spec, tokens)
+    weights, number = case.weights_args(3), 3
+    for counts in (case.counts(), torch.full((tokens,), spec.num_slices, dtype=torch.int32)):
+        several = OPS.routed_linears(case.x, counts, *weights)
+        slow = reference.routed_linears(case.x, counts, *weights[:4], spec)
+        assert [y.shape for y in several] == [(tokens, n) for n in (24, 8, 16)]
+        for i in range(number):
+            own = [column[i] for column in weights[:4]]
+            assert torch.equal(several[i], OPS.routed_linear(case.x, counts, *own, *case.spec_args))
+            assert_near(several[i], slow[i], EXACT_MATH)
+
+
+@pytest.mark.parametrize("number", ELASTIC_LINEARS)
+def test_several_whole_linears_are_one_decision_and_their_products(number):
+    case = Case(SPECS[0], 40)
+    weights = case.weights_args(number)
+    whole = ELASTIC_LINEARS[number](*case.route_args[:-1], *weights)
+    assert case.hist.sum() == 40, "one decision, counted once"
+    parts = OPS.routed_linears(case.x, OPS.route(*case.route_args), *weights)
+    assert len(whole) == number
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    lead = [y.shape for y in ELASTIC_LINEARS[number](case.x.view(5, 8, -1), *case.route_args[1:-1], *weights)]
+    assert lead == [(5, 8, y.shape[1]) for y in parts]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wanted"), [(-1, "prefill", "'routed', 'full', 'exact'"), (-2, "activation", "'a16', 'a8'")]
+)
+def test_unknown_ways_to_compute_are_refused_by_name(place, name, wanted):
+    case = Case(SPECS[0], 2)
+    weight = list(case.weight_args)
+    weight[place] = "a4"
+    message = rf"mobiquant: option '{name}' got 'a4'; wanted one of \[{wanted}\]"
+    with pytest.raises(BadOption, match=message):
+        OPS.elastic_linear(*case.route_args[:-1], *weight)
+    with pytest.raises(BadOption, match=message):
+        OPS.routed_linear(case.x, case.counts(), *weight)
+    if name == "prefill":
+        with pytest.raises(BadOption, match=message):
+            OPS.route(*case.route_args[:-1], "a4")
+
+
+@pytest.mark.parametrize("run", [OPS.route, lambda *args: reference.route(*args[:-1], Prefill(args[-1]))])
+def test_full_prefill_gives_every_token_all_slices_below_the_ceiling(run):
+    few, many = Case(SPECS[0], PREFILL_TOKENS), Case(SPECS[0], PREFILL_TOKENS + 1)
+    for case in (few, many):
+        case.thresholds = torch.tensor([0.2, torch.finfo(torch.float32).max, torch.inf])
+        case.x[3, 7] = float("nan")
+    assert torch.equal(run(*few.route_args[:-1], "full"), run(*few.route_args)), "few tokens are routed"
+    many.mask = torch.zeros(100, dtype=torch.int32)
+    many.mask[0], many.mask[1:61] = PREFILL_TOKENS + 1, 1
+    counts = run(many.x.view(5, 13, -1), *many.route_args[1:-1], "full")
+    assert counts.shape == (5, 13)
+    assert counts.dtype == torch.int32
+    assert (counts == 3).all(), "the last slice is above the ceiling"
+    assert many.hist.tolist() == [0, 0, 60, 0], "what was really used, padding left out"
+    for prefill in ("routed", "exact"):
+        assert set(run(*many.route_args[:-1], prefill).tolist()) == {1, 2}
+
+
+def test_full_prefill_of_one_slice():
+    case = Case(SPECS[5], 100)
+    assert (OPS.route(*case.route_args[:-1], "full") == 1).all()
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("prefill", ["routed", "exact"])
+def test_ways_to_compute_change_nothing_where_no_integers_are_used(activation, prefill):
+    case = Case(SPECS[0], 100)
+    wanted = OPS.elastic_linear(*case.route_args[:-1], *case.weight_args)
+    y = OPS.elastic_linear(*case.route_args[:-1], *case.weight_args[:-2], str(activation), prefill)
+    assert torch.equal(y, wanted)

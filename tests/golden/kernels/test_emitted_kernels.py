@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,16 +19,23 @@ from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, Slic
 EXPECTED = Path(__file__).parent / "expected"
 H100 = Target.of(90)
 PLANES = SliceSpec((3, 3, 2), 64, Layout.BIT_MAJOR)
+
+
+def kernel(family: Family, weight: SliceSpec, tokens: int = 1, **options: Any) -> KernelSpec:
+    """Choose a kernel for 4096 columns."""
+    return kernel_spec(family, weight, 4096, TokenClass.of(tokens), H100, **options)
+
+
 KERNELS = {
-    "route": kernel_spec(Family.ROUTE, SliceSpec(), 4096, TokenClass.ONE, H100),
-    "quantize_places": kernel_spec(Family.QUANTIZE, SliceSpec(), 4096, TokenClass.ONE, H100),
-    "quantize_columns_a8": kernel_spec(
-        Family.QUANTIZE, SliceSpec(), 4096, TokenClass.MANY, H100, activation=Activation.A8
-    ),
-    "decode": kernel_spec(Family.DECODE, SliceSpec(), 4096, TokenClass.ONE, H100),
-    "decode_planes_bias": kernel_spec(Family.DECODE, PLANES, 4096, TokenClass.ONE, H100, has_bias=True),
-    "grouped_small_batch": kernel_spec(Family.GROUPED, SliceSpec(), 4096, TokenClass.UP_TO_16, H100),
-    "grouped_prefill_bias": kernel_spec(Family.GROUPED, SliceSpec(), 4096, TokenClass.MANY, H100, has_bias=True),
+    "route": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), quantize=False),
+    "quantize_a8": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), route=False, activation=Activation.A8),
+    "route_and_quantize": kernel(Family.ROUTE_QUANTIZE, SliceSpec()),
+    "one_token": kernel(Family.SLICED_MMA, SliceSpec()),
+    "one_token_planes_bias": kernel(Family.SLICED_MMA, PLANES, has_bias=True),
+    "many_tokens_siblings": kernel(Family.SLICED_MMA, SliceSpec(), 8, parts=3),
+    "many_tokens_interpreted": kernel(Family.SLICED_MMA, SliceSpec((1,) * 8), 8, emulate=True),
+    "dequantize_sorted": kernel(Family.DEQUANTIZE, SliceSpec()),
+    "dequantize_planes_one_count": kernel(Family.DEQUANTIZE, PLANES, sorted_rows=False),
 }
 
 

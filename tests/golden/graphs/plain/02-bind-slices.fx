@@ -58,26 +58,26 @@
 %mq6_thresholds: float32[3] = input
 %mq6_hist: int64[4] = input
 %h: float32[s_0, s_1, 64] = layer_norm(%l_x_, [64], %l_self_modules_norm1_parameters_weight_, %l_self_modules_norm1_parameters_bias_, 1e-05)
-%elastic_linear_default: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq0_energy, %mq_gain], %mq0_thresholds, %mq0_hist, %mq_mask, energy, %mq0_slices, %mq0_scale, %mq0_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear by bind-slices
+%elastic_linear_default: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq0_energy, %mq_gain], %mq0_thresholds, %mq0_hist, %mq_mask, energy, %mq0_slices, %mq0_scale, %mq0_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear by bind-slices
 %view: float32[s_0, s_1, 2, 32] = .view(%elastic_linear_default, %s_0, %s_1, 2, -1)
 %q: float32[s_0, 2, s_1, 32] = .transpose(%view, 1, 2)
-%elastic_linear_default_1: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq1_energy, %mq_gain], %mq1_thresholds, %mq1_hist, %mq_mask, energy, %mq1_slices, %mq1_scale, %mq1_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear_1 by bind-slices
+%elastic_linear_default_1: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq1_energy, %mq_gain], %mq1_thresholds, %mq1_hist, %mq_mask, energy, %mq1_slices, %mq1_scale, %mq1_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear_1 by bind-slices
 %view_1: float32[s_0, s_1, 2, 32] = .view(%elastic_linear_default_1, %s_0, %s_1, 2, -1)
 %k: float32[s_0, 2, s_1, 32] = .transpose(%view_1, 1, 2)
-%elastic_linear_default_2: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq2_energy, %mq_gain], %mq2_thresholds, %mq2_hist, %mq_mask, energy, %mq2_slices, %mq2_scale, %mq2_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear_2 by bind-slices
+%elastic_linear_default_2: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%h, [%mq2_energy, %mq_gain], %mq2_thresholds, %mq2_hist, %mq_mask, energy, %mq2_slices, %mq2_scale, %mq2_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear_2 by bind-slices
 %view_2: float32[s_0, s_1, 2, 32] = .view(%elastic_linear_default_2, %s_0, %s_1, 2, -1)
 %v: float32[s_0, 2, s_1, 32] = .transpose(%view_2, 1, 2)
 %scaled_dot_product_attention: float32[s_0, 2, s_1, 32] = scaled_dot_product_attention(%q, %k, %v, is_causal=True)
 %mixed: float32[s_0, s_1, 2, 32] = .transpose(%scaled_dot_product_attention, 1, 2)
 %size_3: (Sym(s_0), Sym(s_1), int) = .size(%l_x_)
 %reshape: float32[s_0, s_1, 64] = .reshape(%mixed, %size_3)
-%elastic_linear_default_3: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%reshape, [%mq3_energy, %mq_gain], %mq3_thresholds, %mq3_hist, %mq_mask, energy, %mq3_slices, %mq3_scale, %mq3_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear_3 by bind-slices
+%elastic_linear_default_3: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%reshape, [%mq3_energy, %mq_gain], %mq3_thresholds, %mq3_hist, %mq_mask, energy, %mq3_slices, %mq3_scale, %mq3_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear_3 by bind-slices
 %x: float32[s_0, s_1, 64] = add(%l_x_, %elastic_linear_default_3)
 %h_1: float32[s_0, s_1, 64] = layer_norm(%x, [64], %l_self_modules_norm2_parameters_weight_, %l_self_modules_norm2_parameters_bias_, 1e-05)
-%elastic_linear_default_4: float32[s_0, s_1, 96] = mobiquant.elastic_linear(%h_1, [%mq4_energy, %mq_gain], %mq4_thresholds, %mq4_hist, %mq_mask, energy, %mq4_slices, %mq4_scale, %mq4_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear_4 by bind-slices
+%elastic_linear_default_4: float32[s_0, s_1, 96] = mobiquant.elastic_linear(%h_1, [%mq4_energy, %mq_gain], %mq4_thresholds, %mq4_hist, %mq_mask, energy, %mq4_slices, %mq4_scale, %mq4_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear_4 by bind-slices
 %silu: float32[s_0, s_1, 96] = silu(%elastic_linear_default_4)
-%elastic_linear_default_5: float32[s_0, s_1, 96] = mobiquant.elastic_linear(%h_1, [%mq5_energy, %mq_gain], %mq5_thresholds, %mq5_hist, %mq_mask, energy, %mq5_slices, %mq5_scale, %mq5_zero, None, [2, 2, 2, 2], 64, slice_major)  # from linear_5 by bind-slices
+%elastic_linear_default_5: float32[s_0, s_1, 96] = mobiquant.elastic_linear(%h_1, [%mq5_energy, %mq_gain], %mq5_thresholds, %mq5_hist, %mq_mask, energy, %mq5_slices, %mq5_scale, %mq5_zero, None, [2, 2, 2, 2], 64, slice_major, a16, routed)  # from linear_5 by bind-slices
 %mul: float32[s_0, s_1, 96] = mul(%silu, %elastic_linear_default_5)
-%elastic_linear_default_6: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%mul, [%mq6_energy, %mq_gain], %mq6_thresholds, %mq6_hist, %mq_mask, energy, %mq6_slices, %mq6_scale, %mq6_zero, %l_self_modules_down_proj_parameters_bias_, [2, 2, 2, 2], 32, slice_major)  # from linear_6 by bind-slices
+%elastic_linear_default_6: float32[s_0, s_1, 64] = mobiquant.elastic_linear(%mul, [%mq6_energy, %mq_gain], %mq6_thresholds, %mq6_hist, %mq_mask, energy, %mq6_slices, %mq6_scale, %mq6_zero, %l_self_modules_down_proj_parameters_bias_, [2, 2, 2, 2], 32, slice_major, a16, routed)  # from linear_6 by bind-slices
 %add_1: float32[s_0, s_1, 64] = add(%x, %elastic_linear_default_6)
 return [%add_1]

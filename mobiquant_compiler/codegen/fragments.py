@@ -1,0 +1,211 @@
+"""What one warp does together: vector loads, exchanges between lanes, integer tensor-core products, ordered sums.
+
+Kernels that use this are written for threads: a tensor ``[THREADS]`` holds one register of every thread, element i that
+of thread i. `THREADS` equals 32 times the number of warps, so no element is held twice and none is missing. Inline
+assembly then sees the registers of a whole warp, as the matrix instructions want them. EMULATE spells the same out in
+tensors for Triton's interpreter, which runs no assembly.
+
+Fragments follow PTX's ``mma.m16n8k32``: lane ``4 g + t`` holds row (or column) g and four bytes of the products' depth.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT (1, 2 or 4) consecutive words a thread that are read once, past the L1 cache.
+
+    Only for memory that no kernel writes that may still be running.
+
+    Shapes: ptr to int32 [THREADS], aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32
+        [THREADS].
+    """
+    if EMULATE or COUNT == 1:
+        words = ()
+        for j in tl.static_range(COUNT):
+            words = words + (tl.load(ptr + j),)
+    elif COUNT == 4:
+        words = tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return words
+
+
+@triton.jit
+def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
+
+    Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, and mask [THREADS]; returns a tuple of int32 [THREADS].
+    """
+    if EMULATE or COUNT == 1:
+        words = ()
+        for j in tl.static_range(COUNT):
+            word = tl.load(ptr + j, mask=mask, other=0)
+            words = words + (word.to(tl.int32, bitcast=True),)
+    elif COUNT == 4:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+            " @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+            "=&r,=&r,=&r,=&r,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
+            "=&r,=&r,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return words
+
+
+@triton.jit
+def select_bits(above, below, KEEP: tl.constexpr, EMULATE: tl.constexpr):
+    """Return the bits of `below` where KEEP has ones, those of `above` elsewhere: one instruction."""
+    if EMULATE:
+        bits = (above & ~KEEP) | (below & KEEP)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xe4;",
+            "=r,r,r,r",
+            [below, above, tl.full(below.shape, KEEP, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return bits
+
+
+@triton.jit
+def prefetch_line(ptr, mask, EMULATE: tl.constexpr):
+    """Bring the 128 bytes around an address into the L2 cache; changes nothing that a later load could see."""
+    if not EMULATE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p prefetch.global.L2 [$1]; }",
+            "=&r,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def from_two_lanes_away(value, EMULATE: tl.constexpr):
+    """Return the value of lane ``l ^ 2``; int32 [THREADS]."""
+    if EMULATE:
+        quad = tl.reshape(value, [value.shape[0] // 4, 2, 2])
+        both = tl.sum(quad, axis=1)
+        other = tl.reshape(both[:, None, :] - quad, value.shape)
+    else:
+        other = tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return other
+
+
+@triton.jit
+def split_between_groups(words, upper, HALF: tl.constexpr, EMULATE: tl.constexpr):
+    """Give every lane of a quad its share of two groups, where lanes 0, 1 hold the first and lanes 2, 3 the second.
+
+    A matrix product sums over the four lanes of a quad, so one product must see one group only. Afterwards lanes 0, 2,
+    1, 3 hold quarters 0, 1, 2, 3 of either group (`quarter_of_lane`).
+
+    Shapes: words, a tuple of 2 HALF int32 [THREADS]; upper bool [THREADS], true in lanes 2 and 3; returns two tuples of
+        HALF tensors.
+    """
+    first = ()
+    second = ()
+    for j in tl.static_range(HALF):
+        got = from_two_lanes_away(tl.where(upper, words[j], words[HALF + j]), EMULATE)
+        first = first + (tl.where(upper, got, words[j]),)
+        second = second + (tl.where(upper, words[HALF + j], got),)
+    return first, second
+
+
+@triton.jit
+def quarter_of_lane(t):
+    """Return which quarter of a group's columns lane t of a quad holds: 0, 2, 1, 3."""
+    return (t & 1) * 2 + (t >> 1)
+
+
+@triton.jit
+def _bytes_products(left, right):
+    """Sum products of bytes over depth, int32 [W, 8, 4] x [W, 8, 4] -> [W, 8, 8]; for the emulation."""
+    total = tl.zeros([left.shape[0], 8, 8], tl.int32)
+    for j in tl.static_range(4):
+        a = (left >> (8 * j)) & 255
+        b = (right << (24 - 8 * j)) >> 24
+        total += tl.sum(a[:, :, None, :] * b[:, None, :, :], axis=3)
+    return total
+
+
+@triton.jit
+def _as_columns(product, THREADS: tl.constexpr):
+    """Return even and odd columns of [W, 8, 8] as lanes hold them; for the emulation."""
+    even, odd = tl.split(tl.reshape(product, [THREADS // 32, 8, 4, 2]))
+    return tl.reshape(even, [THREADS]), tl.reshape(odd, [THREADS])
+
+
+@triton.jit
+def multiply_tile(codes, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr):
+    """Add to a 16 x 8 tile the exact product of 16 x 32 unsigned and 32 x 8 signed bytes (``mma.m16n8k32``).
+
+    Shapes: int32 [THREADS] each. codes: rows g and g + 8, then the same 16 deeper; b: column g, two depths; c: row g,
+        columns 2 t and 2 t + 1 (c0, c1), row g + 8 likewise (c2, c3); returns the new c.
+    """
+    a0, a1, a2, a3 = codes
+    if EMULATE:
+        THREADS: tl.constexpr = a0.shape[0]
+        SHAPE: tl.constexpr = (a0.shape[0] // 32, 8, 4)
+        near = tl.reshape(b0, SHAPE)
+        far = tl.reshape(b1, SHAPE)
+        top = _bytes_products(tl.reshape(a0, SHAPE), near) + _bytes_products(tl.reshape(a2, SHAPE), far)
+        low = _bytes_products(tl.reshape(a1, SHAPE), near) + _bytes_products(tl.reshape(a3, SHAPE), far)
+        d0, d1 = _as_columns(top, THREADS)
+        d2, d3 = _as_columns(low, THREADS)
+        c0, c1, c2, c3 = c0 + d0, c1 + d1, c2 + d2, c3 + d3
+    else:
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
+            " {$10, $11, $12, $13};",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def sum_in_order(parts):
+    """Sum the rows of float32 [8, M] in one fixed order, (((0 + 1) + 2) + 3) + (((4 + 5) + 6) + 7); returns [M].
+
+    A library reduction may choose its order by shape; here a token's bits must not depend on its tile.
+    """
+    even, odd = tl.split(tl.reshape(tl.trans(parts), [parts.shape[1], 2, 2, 2]))  # [M, half, pair]
+    p0, p2 = tl.split(even)
+    p1, p3 = tl.split(odd)
+    left, right = tl.split(((p0 + p1) + p2) + p3)
+    return left + right

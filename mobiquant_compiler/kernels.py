@@ -1,0 +1,88 @@
+"""Which kernel serves what: chosen, emitted and loaded once for each kind of call."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from mobiquant_compiler.spec import Activation, Family, SliceSpec
+
+if TYPE_CHECKING:
+    from mobiquant_compiler.codegen.cache import Kernel
+    from mobiquant_compiler.codegen.configs import Target, TokenClass
+
+_INTERPRETER_CC = 80  # tiles of the interpreter: those of the oldest target we test
+
+
+@lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """Return what kernels for `device` must fit; CPU tensors are the interpreter's."""
+    from mobiquant_compiler.codegen.configs import Target
+
+    if device.type != "cuda":
+        return Target.of(_INTERPRETER_CC)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target.of(10 * major + minor)
+
+
+@cache
+def prepare_kernel(
+    spec: SliceSpec, k: int, target: Target, activation: Activation, *, route: bool, quantize: bool
+) -> Kernel:
+    """Return the kernel that chooses slice counts, writes activations in fixed point, or both."""
+    from mobiquant_compiler.codegen import cache, configs
+
+    one = configs.TokenClass.ONE
+    return cache.load(
+        configs.kernel_spec(
+            Family.ROUTE_QUANTIZE, spec, k, one, target, activation=activation, route=route, quantize=quantize
+        )
+    )
+
+
+@cache
+def multiply_kernel(
+    spec: SliceSpec,
+    n: int,
+    k: int,
+    tokens: TokenClass,
+    target: Target,
+    activation: Activation,
+    *,
+    has_bias: bool = False,
+    parts: int = 1,
+) -> Kernel:
+    """Return the kernel that multiplies a class of token counts by weights of `n` output rows together."""
+    from mobiquant_compiler.codegen import cache, configs, toolchain
+
+    return cache.load(
+        configs.kernel_spec(
+            Family.SLICED_MMA,
+            spec,
+            k,
+            tokens,
+            target,
+            n=n,
+            activation=activation,
+            has_bias=has_bias,
+            parts=parts,
+            emulate=toolchain.interpreting(),
+        )
+    )
+
+
+@cache
+def dequantize_kernel(spec: SliceSpec, k: int, target: Target, *, sorted_rows: bool) -> Kernel:
+    """Return the kernel that writes weights out for a library's GEMM."""
+    from mobiquant_compiler.codegen import cache, configs
+
+    many = configs.TokenClass.MANY
+    return cache.load(configs.kernel_spec(Family.DEQUANTIZE, spec, k, many, target, sorted_rows=sorted_rows))
+
+
+@lru_cache(maxsize=64)
+def router_spec(num_slices: int) -> SliceSpec:
+    """Return the spec that kernels are made for which only route: they see the number of slices, not their widths."""
+    return SliceSpec((1,) * num_slices, 32)

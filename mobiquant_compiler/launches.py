@@ -1,0 +1,158 @@
+"""Which launches the linears of a model can need on a GPU, and which kernels each of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mobiquant_compiler.errors import NotElastic
+from mobiquant_compiler.kernels import router_spec
+from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
+from mobiquant_compiler.runtime.weights import BOUND
+from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Family, KernelSpec, SliceSpec
+
+if TYPE_CHECKING:
+    from mobiquant_compiler.codegen.configs import Target, TokenClass
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What kernels see of one linear, or of several that are multiplied together.
+
+    Attributes:
+        spec: Widths, group and layout.
+        n: Output rows, of all linears together.
+        k: Input columns.
+        device: Where the weights are.
+        x_dtype: Dtype of activations.
+        scale_dtype: Dtype of scale and zero point.
+        bias_dtype: Dtype of the bias, None where there is none.
+        parts: Linears.
+        activation: Fixed-point width of activations.
+    """
+
+    spec: SliceSpec
+    n: int
+    k: int
+    device: torch.device
+    x_dtype: torch.dtype
+    scale_dtype: torch.dtype = torch.float16
+    bias_dtype: torch.dtype | None = None
+    parts: int = 1
+    activation: Activation = Activation.A16
+
+
+def launches_of(
+    model: nn.Module, where: str, *, activation: Activation | None = None, names: Iterable[str] | None = None
+) -> tuple[Launch, ...]:
+    """Return every distinct launch of a model's linears: each alone, and siblings together.
+
+    Siblings read one input by one decision: linears that share a router, `MAX_SIBLINGS` at most, in the model's order.
+
+    Args:
+        model: Quantized model, or a plain one that ran compiled by the backend; compiled or not.
+        where: Who asks, for messages.
+        activation: Fixed-point width instead of the linears' own.
+        names: Linears to look at; all by default.
+
+    Raises:
+        NotElastic: the model has no elastic linear.
+    """
+    linears = elastic_or_bound(model)
+    if not linears:
+        raise NotElastic(where=where, model=type(model).__name__)
+    chosen = set(linears if names is None else names)
+    biases = _bias_dtypes(model, linears)
+    alone, siblings = [], dict[tuple[Any, ...], list[Launch]]()
+    for name in (name for name in linears if name in chosen):
+        linear = linears[name]
+        launch = _alone(linear, biases[name], activation)
+        alone.append(launch)
+        key = (
+            id(linear.router),
+            launch.spec,
+            launch.activation,
+            linear.prefill,
+        )  # what the pass fuse-siblings compares
+        siblings.setdefault(key, []).append(launch)
+    together = [launch for members in siblings.values() for launch in _together(members)]
+    return tuple(dict.fromkeys([*alone, *together]))
+
+
+def elastic_or_bound(model: nn.Module) -> dict[str, MobiLinear]:
+    """Return the elastic linears of a model by name, and those that the backend bound to its plain weights."""
+    own = {plain_name(name): linear for name, linear in elastic_linears(model).items()}
+    return BOUND.of_model(model) | own
+
+
+def _bias_dtypes(model: nn.Module, linears: Mapping[str, MobiLinear]) -> dict[str, torch.dtype | None]:
+    """Return the dtype of each linear's bias; one that is bound to a plain weight leaves the bias with its module."""
+    modules: dict[str, nn.Module] = {plain_name(name): module for name, module in model.named_modules()}
+    found = {}
+    for name in linears:
+        module = modules.get(name.partition("#")[0])
+        bias = getattr(module, "bias", None)
+        found[name] = bias.dtype if isinstance(bias, torch.Tensor) else None
+    return found
+
+
+def _alone(linear: MobiLinear, bias: torch.dtype | None, activation: Activation | None) -> Launch:
+    return Launch(
+        linear.spec,
+        linear.out_features,
+        linear.in_features,
+        linear.slices.device,
+        linear.weight_like.dtype,
+        linear.scale.dtype,
+        bias,
+        activation=activation or Activation(linear.activation),
+    )
+
+
+def _together(members: Sequence[Launch]) -> Iterator[Launch]:
+    """Yield the launches of linears that share input and decision; those that differ in dtypes are launched alone."""
+    for start in range(0, len(members), MAX_SIBLINGS):
+        part = members[start : start + MAX_SIBLINGS]
+        first = part[0]
+        kinds = {(m.device, m.x_dtype, m.scale_dtype, m.bias_dtype) for m in part}
+        if len(part) == 1 or len(kinds) > 1:
+            continue
+        rows = sum(m.n for m in part)
+        facts = (first.device, first.x_dtype, first.scale_dtype, first.bias_dtype)
+        yield Launch(first.spec, rows, first.k, *facts, parts=len(part), activation=first.activation)
+
+
+def kernels_of(
+    launch: Launch, target: Target, tokens: Iterable[TokenClass], *, workspace: bool, emulate: bool = False
+) -> list[KernelSpec]:
+    """Return the kernels of a launch on a target, as `wiring` chooses them; pure, and needs no device.
+
+    Args:
+        launch: The linears.
+        target: What they must fit.
+        tokens: Classes of token counts.
+        workspace: Whether long calls dequantize weights for a library's GEMM.
+        emulate: For the interpreter.
+
+    Raises:
+        KernelDoesNotFit: no tile fits the target.
+    """
+    from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
+
+    spec, k, one = launch.spec, launch.k, TokenClass.ONE
+    first = {"route": True, "quantize": False}
+    found = [kernel_spec(Family.ROUTE_QUANTIZE, router_spec(spec.num_slices), k, one, target, **first)]
+    for route in (True, False):
+        facts = {"activation": launch.activation, "route": route}
+        found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts))
+    for count in tokens:
+        facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
+        found.append(kernel_spec(Family.SLICED_MMA, spec, k, count, target, n=launch.n, emulate=emulate, **facts))
+    if workspace:
+        for sorted_rows in (True, False):
+            found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,165 @@
+"""Measures on the present GPU from how many tokens on the workspace way is faster than the integer path.
+
+The workspace way reads a weight once, whatever the number of tokens, so where it is the faster one it is taken to be so
+for more tokens too: bisection finds the first number, in `COMPARISONS` comparisons a shape.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobiquant_compiler import wiring
+from mobiquant_compiler.codegen import crossover
+from mobiquant_compiler.codegen.crossover import NEVER, Crossover, Row
+from mobiquant_compiler.errors import CannotTune
+from mobiquant_compiler.runtime import prefill as workspace
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec, choose_group
+
+Timer = Callable[[Path, int, int, int], float]  # (path, tokens, n, k) -> time of a call, in any unit
+Report = Callable[[str, int, int], None]
+
+COMPARISONS = 5  # bisection of one number less than two to this power always takes as many
+LEAST_TOKENS, MOST_TOKENS = PREFILL_TOKENS + 16, 4096
+WARM_UPS, REPEATS = 3, 15
+# Zeroed between calls: no weight is still in a cache, and the device is busy until Python has launched the next call.
+FLUSH_BYTES, FLUSHES = 1 << 28, 4
+
+# Shapes (N, K) of 7B to 70B models.
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672))
+
+
+def token_counts() -> tuple[int, ...]:
+    """Return the numbers of tokens that are tried: a geometric series of whole blocks of eight."""
+    steps = 2**COMPARISONS - 2
+    ratio = MOST_TOKENS / LEAST_TOKENS
+    return tuple(8 * round(LEAST_TOKENS * ratio ** (step / steps) / 8) for step in range(steps + 1))
+
+
+def first_faster(faster: Callable[[int], bool], counts: Sequence[int]) -> int:
+    """Return the first number of tokens for which `faster` holds, `NEVER` where it holds for none.
+
+    Args:
+        faster: Holds for every number after the first for which it does.
+        counts: Numbers of tokens in ascending order.
+
+    Example:
+        >>> first_faster(lambda tokens: tokens > 100, (80, 96, 112, 128))
+        112
+    """
+    place = bisect_left(counts, True, key=faster)
+    return counts[place] if place < len(counts) else NEVER
+
+
+def tune(shapes: Sequence[tuple[int, int]], timer: Timer, report: Report | None = None) -> tuple[Row, ...]:
+    """Return the row of every shape (N, K).
+
+    Args:
+        shapes: At least one, none twice.
+        timer: Times a call.
+        report: Told ``("tuning", comparisons done, of how many)``.
+
+    Raises:
+        CannotTune: a shape does not fit the memory.
+    """
+    total, counts, rows = COMPARISONS * len(shapes), token_counts(), []
+    for number, (n, k) in enumerate(shapes):
+        done = number * COMPARISONS
+
+        def faster(tokens: int, n: int = n, k: int = k) -> bool:
+            nonlocal done
+            result = timer(Path.WORKSPACE, tokens, n, k) < timer(Path.INTEGER, tokens, n, k)
+            done += 1
+            if report is not None:
+                report("tuning", done, total)
+            return result
+
+        try:
+            rows.append(Row(n, k, first_faster(faster, counts)))
+        except torch.OutOfMemoryError as error:
+            reason = f"shape {n}x{k} does not fit the free memory of the GPU"
+            raise CannotTune(reason=reason, wanted="smaller shapes, or a GPU that nothing else uses") from error
+    return tuple(rows)
+
+
+def find_gpu() -> tuple[torch.device, str]:
+    """Return the present GPU and its full name.
+
+    Raises:
+        CannotTune: there is none, or none with a choice of paths.
+    """
+    wanted = "a CUDA device with a choice of paths (sm_90 or sm_100)"
+    if not torch.cuda.is_available():
+        raise CannotTune(reason="torch finds no CUDA device", wanted=wanted)
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = workspace.supports(torch.empty(0, dtype=torch.bfloat16, device=device), 1, 1)
+    if reason is not None:
+        raise CannotTune(reason=f"all calls take the integer path: {reason}", wanted=wanted)
+    return device, torch.cuda.get_device_name(device)
+
+
+def keep(gpu: str, rows: tuple[Row, ...], output: FilePath | None = None) -> FilePath:
+    """Write the table of a GPU where `crossover.load` finds it, or to `output`; returns where.
+
+    Args:
+        gpu: The device's full name.
+        rows: What `tune` returned.
+        output: Another file.
+    """
+    family = crossover.gpu_family(gpu)
+    path = crossover.tuned_path(family) if output is None else output
+    crossover.write(Crossover(family, rows), path)
+    wiring._crossover.cache_clear()
+    return path
+
+
+def device_timer(device: torch.device) -> Timer:
+    """Return a timer: the median of calls with random weights and all slice counts, each from cold caches."""
+    weight = lru_cache(maxsize=1)(lambda n, k: random_weight(n, k, device))
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(path: Path, tokens: int, n: int, k: int) -> float:
+        spec, one = weight(n, k)
+        x = torch.randn(tokens, k, dtype=torch.bfloat16, device=device)
+        if path is Path.WORKSPACE and workspace.supports(x, n, k) is not None:
+            return math.inf
+        counts = torch.arange(tokens, dtype=torch.int32, device=device) % spec.num_slices + 1
+        if path is Path.WORKSPACE:
+            return _median(lambda: wiring.by_workspace(x, counts, [one], spec, Prefill.ROUTED), flush)
+        return _median(lambda: wiring._by_integers(x, counts, [one], spec, Activation.A16), flush)
+
+    return seconds
+
+
+def random_weight(n: int, k: int, device: torch.device) -> tuple[SliceSpec, Weight]:
+    """Return a weight of random codes in four slices of two bits."""
+    spec, int32 = SliceSpec((2, 2, 2, 2), choose_group(k)), torch.iinfo(torch.int32)
+    slices = torch.randint(int32.min, int32.max, spec.packed_shape(n, k), dtype=torch.int32, device=device)
+    scale: Tensor = torch.rand(spec.scale_shape(n, k), dtype=torch.float16, device=device) / 1024
+    return spec, Weight(slices, scale, torch.full_like(scale, 128), None)
+
+
+def _median(call: Callable[[], Any], flush: Tensor) -> float:
+    """Return the median time of a call on the device, in seconds."""
+    for _ in range(WARM_UPS):
+        call()
+    torch.cuda.synchronize(flush.device)
+    spans = []
+    for _ in range(REPEATS):
+        for _ in range(FLUSHES):
+            flush.zero_()
+        spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        spans[-1][0].record()
+        call()
+        spans[-1][1].record()
+    torch.cuda.synchronize(flush.device)
+    return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3

@@ -1,0 +1,125 @@
+"""`warmup`: everything a model will launch is compiled before it is needed; nothing compiles later, or in a graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobiquant_compiler import wiring
+from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.launches import Launch, launches_of
+from mobiquant_compiler.runtime.launch import KERNEL_DTYPES
+from mobiquant_compiler.spec import Activation
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupReport:
+    """What `warmup` did.
+
+    Attributes:
+        launches: Distinct kinds of launches that the model has; 0 where it runs no kernels.
+        kernels: Kernels that were not loaded before.
+        binaries: Binaries that were not loaded before, compiled or read from Triton's cache: a kernel has one for each
+            device and combination of dtypes.
+        seconds: How long it took.
+        files: Source of the new kernels, as emitted.
+        reason: Why there was nothing to do, "" where there was.
+    """
+
+    launches: int = 0
+    kernels: int = 0
+    binaries: int = 0
+    seconds: float = 0.0
+    files: tuple[Path, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"nothing to warm up: {self.reason}"
+        what = f"{self.launches} kinds of launches, {self.kernels} new kernels, {self.binaries} new binaries"
+        return f"{what} in {self.seconds:.1f} s"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self) | {"files": [str(file) for file in self.files]}
+
+
+def warmup(
+    model: nn.Module,
+    *,
+    max_tokens: int | None = None,
+    activation: str | None = None,
+    progress: Progress | None = None,
+) -> WarmupReport:
+    """Compile and load every kernel that a model's linears can need, each alone and siblings together.
+
+    Call it before CUDA graphs are captured and before the first request. Budgets, `prefill`, the number of tokens up to
+    `max_tokens` and the modes of torch.compile need no other kernels; another dtype, device or `activation` does.
+
+    Args:
+        model: Quantized model, or a plain one that ran once compiled with backend="mobiquant"; compiled or not.
+        max_tokens: Leave out what only calls of more tokens need; all by default.
+        activation: As given to torch.compile in `options`; the linears' own by default (see `set_execution`).
+        progress: Called with stage, done, total.
+
+    Returns:
+        What was done. On a CPU, which runs no kernels, it says so.
+
+    Raises:
+        NotElastic: the model has no elastic linear.
+        BadOption: `max_tokens` or `activation`.
+        TritonMissing: the model is on a GPU, and triton cannot be imported.
+    """
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        wanted = "a whole number of at least 1, or None"
+        raise BadOption(where="warmup", name="max_tokens", got=max_tokens, wanted=wanted)
+    width = None if activation is None else Activation.of(activation, "warmup")
+    launches = launches_of(model, "warmup", activation=width)
+    todo = [launch for launch in launches if launch.device.type == "cuda" and launch.x_dtype in KERNEL_DTYPES]
+    if not todo:
+        return WarmupReport(reason=_reason(launches))
+    return _run(todo, max_tokens, progress or (lambda stage, done, total: None))
+
+
+def _reason(launches: Sequence[Launch]) -> str:
+    on_gpu = sorted({str(launch.x_dtype) for launch in launches if launch.device.type == "cuda"})
+    if on_gpu:
+        return f"no kernel takes activations of {', '.join(on_gpu)}"
+    return f"the model is on {', '.join(sorted({str(launch.device) for launch in launches}))}, which runs no kernels"
+
+
+def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress) -> WarmupReport:
+    from mobiquant_compiler.codegen import cache
+
+    start, before, binaries = time.perf_counter(), len(cache.loaded_kernels()), cache.compiled_kernels()
+    with torch.inference_mode(False), torch.no_grad():
+        for done, launch in enumerate(launches, 1):
+            wiring.warm_kernels(
+                launch.spec,
+                launch.n,
+                launch.k,
+                launch.x_dtype,
+                launch.device,
+                scale_dtype=launch.scale_dtype,
+                bias_dtype=launch.bias_dtype,
+                parts=launch.parts,
+                max_tokens=max_tokens,
+                activation=launch.activation,
+            )
+            progress("kernels", done, len(launches))
+    new = cache.loaded_kernels()[before:]
+    return WarmupReport(
+        launches=len(launches),
+        kernels=len(new),
+        binaries=cache.compiled_kernels() - binaries,
+        seconds=time.perf_counter() - start,
+        files=tuple(kernel.path for kernel in new),
+    )

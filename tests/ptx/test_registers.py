@@ -1,0 +1,97 @@
+"""What ptxas makes of the kernels that are shipped: registers, and what did not fit into them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mobiquant_compiler.codegen import cache as kernels
+from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
+from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
+from tests.kernel_cases import spec_id
+
+ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+DEFAULTS = (SliceSpec(), SliceSpec(layout=Layout.BIT_MAJOR), SliceSpec(group=64))
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    """Return the program that comes with triton, or skip."""
+    import triton
+
+    tool = getattr(triton.knobs.nvidia, "cuobjdump", None)
+    if tool is None or not Path(tool.path).is_file():
+        pytest.skip("triton came without cuobjdump")
+    return tool.path
+
+
+@cache
+def disassembled(spec: KernelSpec, cc: int, cuobjdump: str, what: str) -> str:
+    """Return what cuobjdump says of a kernel's binary."""
+    path = kernels.load(spec).path.with_suffix(f".{cc}.cubin")
+    path.write_bytes(kernels.compile_for(spec, cc).asm["cubin"])
+    return subprocess.run([cuobjdump, what, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def shipped(weight: SliceSpec, tokens: int, cc: int, activation: Activation = Activation.A16) -> KernelSpec:
+    """Return the kernel that the table names, with a bias."""
+    token_class, target = TokenClass.of(tokens), Target.of(cc)
+    return kernel_spec(
+        Family.SLICED_MMA, weight, 4096, token_class, target, n=4096, activation=activation, has_bias=True
+    )
+
+
+def loops(sass: str) -> Iterator[list[str]]:
+    """Yield the instructions of each loop that has no other in it."""
+    found = [match.groups() for line in sass.splitlines() if (match := ADDRESS.match(line))]
+    places = [int(address, 16) for address, _ in found]
+    spans = []
+    for place, (_, instruction) in zip(places, found, strict=True):
+        target = BRANCH.search(instruction)
+        if target and int(target[1], 16) < place:
+            spans.append((int(target[1], 16), place))
+    for start, stop in spans:
+        if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans):
+            yield [text for place, (_, text) in zip(places, found, strict=True) if start <= place <= stop]
+
+
+def spills(instructions: list[str]) -> tuple[int, int]:
+    """Return how many values are stored to and loaded from local memory."""
+    return sum("STL" in i for i in instructions), sum("LDL" in i for i in instructions)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("weight", DEFAULTS, ids=spec_id)
+def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuobjdump: str) -> None:
+    """No step stores to local memory; what few constants of a loop are kept there cost next to nothing."""
+    sass = disassembled(shipped(weight, tokens, 90), 90, cuobjdump, "-sass")
+    bodies = [loop for loop in loops(sass) if any("IMMA" in i for i in loop)]
+    assert len(bodies) >= weight.num_slices, "a body per count"
+    for body in bodies:
+        stored, loaded = spills(body)
+        assert stored == 0
+        assert loaded <= 0.02 * len(body), f"{loaded} of {len(body)} instructions"
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_registers_stay_within_the_limit_of_the_table(tokens: int, cc: int, cuobjdump: str) -> None:
+    spec = shipped(SliceSpec(), tokens, cc)
+    usage = disassembled(spec, cc, cuobjdump, "-res-usage")
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    assert registers <= (spec.max_registers or 255)
+    assert 65536 // (registers * 32 * spec.num_warps) >= 2, "two programs of eight warps share a multiprocessor"
+    assert int(re.search(r"STACK:(\d+)", usage)[1]) <= 128
+
+
+@pytest.mark.parametrize("k", [576, 4096, 8192])
+@pytest.mark.parametrize("family", [Family.ROUTE_QUANTIZE, Family.DEQUANTIZE])
+def test_kernels_that_only_move_data_spill_nothing(family: Family, k: int, cuobjdump: str) -> None:
+    spec = kernel_spec(family, SliceSpec(), k, TokenClass.of(1), Target.of(90))
+    assert re.search(r"STACK:0\b", disassembled(spec, 90, cuobjdump, "-res-usage"))
