@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 MODEL := $(VENV)/.model
 
-.PHONY: help demo test lint test-interpret test-ptx golden gpu bench readme clean
+.PHONY: help demo test lint test-interpret test-ptx golden gpu sanitize bench bench-gpu readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ test-ptx: $(READY)  ## kernels compiled to PTX for sm_80, sm_90 and sm_100, with
 gpu: $(MODEL)  ## tests that need a CUDA device
 	$(PY) scripts/run_tests.py gpu
 
+sanitize: $(READY)  ## every kernel variant once under compute-sanitizer (needs a CUDA device)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PY) scripts/run_variants.py
+
 golden: $(READY)  ## accept what the golden tests see now; review the diff as code
 	EXPECTTEST_ACCEPT=1 $(PY) scripts/run_tests.py golden
 
@@ -57,6 +60,10 @@ bench: $(MODEL)  ## measure, write benchmarks/results, redraw the README; DATA=d
 	$(PY) benchmarks/bench_speed.py
 	$(if $(DATA),$(PY) benchmarks/bench_quality.py --data $(DATA) --texts wikitext2 ptb c4)
 	$(PY) scripts/readme_tables.py
+
+bench-gpu: $(READY)  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes
+	$(PIP) install --quiet -c constraints.txt gemlite
+	$(PY) benchmarks/bench_linear.py
 
 readme: $(READY)  ## draw the README's tables from benchmarks/results
 	$(PY) scripts/readme_tables.py

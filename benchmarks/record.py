@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "gemlite")
+MODEL = re.compile(r"\b[A-Z]{1,2}\d{2,4}[A-Z]?\b")  # of an accelerator, in its name: H100 in "NVIDIA H100 80GB HBM3"
 
 
 def device_name(device: str) -> str:
@@ -35,11 +37,30 @@ def device_name(device: str) -> str:
 
 def folder(device: str) -> Path:
     """Return where results of a device go: ``results/cpu``, or the accelerator's model, ``results/h200``."""
-    return RESULTS / (device_name(device).split()[-1].lower() if device.startswith("cuda") else "cpu")
+    if not device.startswith("cuda"):
+        return RESULTS / "cpu"
+    name = device_name(device)
+    found = MODEL.search(name)
+    return RESULTS / (found.group() if found else name.split()[-1]).lower()
+
+
+def driver() -> str | None:
+    """Return the version of the NVIDIA driver, None where its tool does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a mark where the tree differs from it."""
+    """Return the commit that is measured, with a mark where the tree differs from it.
+
+    MOBIQUANT_COMMIT says it where what is measured is a copy without its history.
+    """
+    if told := os.environ.get("MOBIQUANT_COMMIT"):
+        return told
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -48,7 +69,7 @@ def commit() -> str:
             ["git", "status", "--porcelain", "--", "mobiquant_compiler"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MOBIQUANT_COMMIT", "unknown")
+        return "unknown"
     return head + ("+changes" if changed else "")
 
 
@@ -62,8 +83,10 @@ def version_of(package: str) -> str | None:
 
 def environment(device: str) -> dict[str, Any]:
     """Return what a reader needs to repeat a measurement."""
+    gpu = {"driver": driver(), "cuda": torch.version.cuda} if device.startswith("cuda") else {}
     return {
         "device": device_name(device),
+        **gpu,
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
         "commit": commit(),

@@ -4,7 +4,8 @@
     (drawn)
     <!-- end table -->
 
-``--check`` writes nothing and exits 1 where the README differs from its results.
+``list=summary`` draws another list of the file than its rows. ``--check`` writes nothing and exits 1 where the README
+differs from its results.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+=\S+)*) -->\n)(.*?)(<!-- end tab
 
 
 def cell(value: Any) -> str:
-    """Write a value: four digits of a number, a dash for nothing."""
+    """Write a value: four digits of a number, yes or no, a dash for nothing."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return str(value)
 
 
-def draw(result: Mapping[str, Any], columns: Sequence[str], wanted: Mapping[str, str]) -> str:
-    """Return the rows that match as a Markdown table, with where they were measured.
+def draw(result: Mapping[str, Any], columns: Sequence[str], wanted: Mapping[str, str], of: str = "rows") -> str:
+    """Return the rows that match, of one list, as a Markdown table, with where they were measured.
 
     Raises:
         ValueError: no row matches, or a column is in none of them.
     """
-    rows = [r for r in result["rows"] if all(str(r.get(key)) == value for key, value in wanted.items())]
+    rows = [r for r in result[of] if all(str(r.get(key)) == value for key, value in wanted.items())]
     missing = [c for c in columns if not any(c in row for row in rows)]
     if missing:
         raise ValueError(f"no row has {', '.join(missing)} where {dict(wanted)}")
@@ -53,8 +56,11 @@ def redraw(text: str, results: Path = RESULTS) -> str:
     def replace(found: re.Match[str]) -> str:
         options = dict(item.split("=", 1) for item in found[3].split())
         columns = options.pop("columns").split(",")
+        of, order = options.pop("list", "rows"), options.pop("sort", None)
         result = json.loads((results / found[2]).read_text(encoding="utf-8"))
-        return found[1] + draw(result, columns, options) + found[5]
+        if order is not None:
+            result[of].sort(key=lambda row: row[order])
+        return found[1] + draw(result, columns, options, of) + found[5]
 
     return MARKED.sub(replace, text)
 

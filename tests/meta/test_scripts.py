@@ -78,6 +78,12 @@ class TestTables:
         drawn = tables.redraw(text, tmp_path)
         assert "| fast | 1.235 | yes |\n| small | - | no |\n" in drawn
 
+    def test_rows_in_the_order_of_a_column(self, tmp_path: Path) -> None:
+        rows = [{"tokens": 8}, {"tokens": 64}, {"tokens": 1}]
+        (tmp_path / "r.json").write_text(json.dumps(RESULT | {"rows": rows}))
+        text = "<!-- table: r.json sort=tokens columns=tokens -->\n<!-- end table -->"
+        assert "| 1 |\n| 8 |\n| 64 |" in tables.redraw(text, tmp_path)
+
     def test_a_column_that_no_row_has(self) -> None:
         with pytest.raises(ValueError, match="no row has speed"):
             tables.draw(RESULT, ["speed"], {})

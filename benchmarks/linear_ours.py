@@ -1,0 +1,175 @@
+"""Our linear as the benchmark calls it: which cases there are, their operands, checks and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from linear_timing import Call, Sample, Timing, check, copies_for, l2_bytes, measure
+from torch import Tensor
+
+from mobiquant_compiler import reference, wiring
+from mobiquant_compiler.packing import unit_views
+from mobiquant_compiler.spec import Activation, Layout, Prefill, SliceSpec
+
+WIDTHS, GROUP = (2, 2, 2, 2), 128
+SMALL_BATCH = 64  # up to here the multiplication is also timed alone, on prepared activations
+A8_TOKENS = BIT_MAJOR_TOKENS = (1, 8)
+BIT_MAJOR_SHAPE = (4096, 4096)
+PREFILL_SHARES = (0.4, 0.3, 0.2, 0.1)  # of tokens that use 1, 2, 3 and 4 slices: 2 on average
+TOLERANCES = {"a16": 1e-2, "a8": 3e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured at one shape and number of tokens.
+
+    Attributes:
+        slices: The largest slice count of a token.
+        counts: "uniform"; "mixed" (1, 2, .. in turn, or PREFILL_SHARES shuffled); "full" (prefill with all slices).
+        activation: "a16" or "a8".
+        layout: "slice_major" or "bit_major".
+    """
+
+    slices: int
+    counts: str = "uniform"
+    activation: str = "a16"
+    layout: str = "slice_major"
+
+
+def cases(n: int, k: int, tokens: int, slices: Sequence[int]) -> list[Case]:
+    """Return the cases of a shape and number of tokens, the ones that promises are about first."""
+    most = len(WIDTHS)
+    if tokens > SMALL_BATCH:
+        found = [Case(2), Case(most, "mixed"), Case(most, "full")]
+        return [case for case in found if case.slices in slices]
+    found = [Case(count) for count in slices]
+    found += [Case(count, "mixed") for count in slices if count in (2, most) and count <= tokens]
+    if tokens in A8_TOKENS:
+        found += [Case(count, activation="a8") for count in slices]
+    if (n, k) == BIT_MAJOR_SHAPE and tokens in BIT_MAJOR_TOKENS:
+        found += [Case(count, layout="bit_major") for count in slices]
+    return found
+
+
+def counts_of(case: Case, tokens: int, device: torch.device) -> Tensor:
+    """Return the slice count of each token, int32 [T]."""
+    if case.counts != "mixed":
+        return torch.full((tokens,), case.slices, dtype=torch.int32, device=device)
+    if tokens <= SMALL_BATCH:
+        return torch.arange(tokens, dtype=torch.int32, device=device) % case.slices + 1
+    limits = (torch.tensor(PREFILL_SHARES, dtype=torch.float64).cumsum(0) * tokens).round()
+    ordered = 1 + torch.searchsorted(limits, torch.arange(tokens, dtype=torch.float64), right=True, out_int32=True)
+    return ordered.to(device)[torch.randperm(tokens, device=device)]
+
+
+def traffic(case: Case, n: int, k: int, tokens: int) -> int:
+    """Return the bytes that must be read or written once: slices used, scale, zero point, activations, outputs."""
+    weight = n * k * sum(WIDTHS[: case.slices]) // 8 + 2 * 2 * n * k // GROUP
+    return weight + tokens * k * (1 if case.activation == "a8" else 2) + tokens * n * 2
+
+
+class Weights:
+    """One random weight, copied for rotation, and what routing needs.
+
+    Attributes:
+        spec: Widths, group and layout.
+        copies: Its slices, scale and zero point, once for each copy.
+    """
+
+    def __init__(self, n: int, k: int, layout: str, device: torch.device, copies: int | None = None) -> None:
+        self.n, self.k, self.device = n, k, device
+        self.spec = spec = SliceSpec(WIDTHS, GROUP, Layout(layout))
+        cells = 1 << WIDTHS[0]
+        slices = torch.randint(-(1 << 31), 1 << 31, spec.packed_shape(n, k), dtype=torch.int32, device=device)
+        scale = (0.5 + torch.rand(spec.scale_shape(n, k), device=device)) * 12**0.5 / cells / k**0.5
+        zero = (cells - 1) / 2 + torch.rand(spec.scale_shape(n, k), device=device) - 0.5
+        first = (slices, scale.half(), zero.half())
+        count = copies or self._needed(1)
+        clones = [(first[0].clone(), first[1].clone(), first[2].clone()) for _ in range(count - 1)]
+        self.copies = [first, *clones]
+        self.router = (torch.rand(k, device=device), 4.0 ** -torch.arange(spec.num_slices - 1, device=device))
+        self.hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _needed(self, slices: int) -> int:
+        return copies_for(traffic(Case(slices), self.n, self.k, 0), l2_bytes(self.device))
+
+    def rotation(self, slices: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return as many copies as it takes to find none cached when `slices` of each are read."""
+        return self.copies[: self._needed(slices)]
+
+    def prepare(self, x: Tensor, case: Case) -> Callable[[], Any]:
+        """Return route and quantize as a call; its thresholds give every token `case.slices`."""
+        order = torch.arange(1, self.spec.num_slices, device=self.device)
+        thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
+        activation = Activation(case.activation)
+        return lambda: wiring.prepare(x, self.router, thresholds, self.hist, self.mask, self.spec, activation)
+
+    def expected(self, x: Tensor, counts: Tensor, sample: Sample) -> Tensor:
+        """Return the float64 result of the sampled tokens and output rows."""
+        slices, scale, zero = self.copies[0]
+        rows, tokens = sample.rows, sample.tokens
+        chosen = [view[rows].reshape(-1) for view in unit_views(slices, self.spec, self.spec.num_slices)]
+        weight = (torch.cat(chosen).view(self.spec.packed_shape(len(rows), self.k)), scale[rows], zero[rows])
+        return reference.routed_linear(x[tokens].double(), counts[tokens], *weight, None, self.spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Times of one case: the multiplication, the whole linear, and how far the result is off."""
+
+    alone: Timing
+    whole: Timing
+    path: str
+    relative_error: float
+    mean_slices: float
+
+
+def calls_of(weights: Weights, case: Case, x: Tensor, counts: Tensor) -> tuple[Sequence[Call], Sequence[Call], str]:
+    """Return the calls to time: the multiplication alone, the whole linear, and the name of the path.
+
+    Beyond `SMALL_BATCH` tokens there is one list: the linear takes activations as they are and counts as given.
+    """
+    spec, activation = weights.spec, Activation(case.activation)
+    rotation = weights.rotation(case.slices)
+    if x.shape[0] > SMALL_BATCH:
+        prefill = Prefill.FULL if case.counts == "full" else Prefill.ROUTED
+        whole = [partial(wiring.routed_linear, x, counts, *w, None, spec, activation, prefill) for w in rotation]
+        return whole, whole, f"routed_linear, prefill {prefill}"
+    prepare = weights.prepare(x, case)
+    ready = wiring.with_counts(prepare(), counts)
+
+    def chain(slices: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        prepared = wiring.with_counts(prepare(), counts)
+        return wiring.multiply(prepared, slices, scale, zero, None, spec, activation)
+
+    alone = [partial(wiring.multiply, ready, *w, None, spec, activation) for w in rotation]
+    whole = [partial(chain, *w) for w in rotation]
+    return alone, whole, "prepare, multiply"
+
+
+def measure_case(weights: Weights, case: Case, x: Tensor) -> Measured:
+    """Check and time one case.
+
+    Raises:
+        WrongResult: the multiplication or the whole linear computes something else.
+    """
+    counts = counts_of(case, x.shape[0], x.device)
+    alone, whole, path = calls_of(weights, case, x, counts)
+    sample = Sample.of(x.shape[0], weights.n, x.device)
+    expected, tolerance = weights.expected(x, counts, sample), TOLERANCES[case.activation]
+    error = check(whole[0], expected, sample, tolerance)
+    if alone is not whole:
+        error = max(error, check(alone[0], expected, sample, tolerance))
+    timing = measure(alone, x.device)
+    total = timing if alone is whole else measure(whole, x.device)
+    return Measured(timing, total, path, error, float(counts.double().mean()))
+
+
+def measure_prepare(weights: Weights, x: Tensor) -> Timing:
+    """Time route and quantize alone."""
+    return measure([weights.prepare(x, Case(2))] * 16, x.device)
