@@ -135,7 +135,7 @@ def device_timer(device: torch.device) -> Timer:
         counts = torch.arange(tokens, dtype=torch.int32, device=device) % spec.num_slices + 1
         if path is Path.WORKSPACE:
             return _median(lambda: wiring.by_workspace(x, counts, [one], spec, Prefill.ROUTED), flush)
-        return _median(lambda: wiring._by_integers(x, counts, [one], spec, Activation.A16), flush)
+        return _median(lambda: wiring.by_integers(x, counts, [one], spec, Activation.A16), flush)
 
     return seconds
 

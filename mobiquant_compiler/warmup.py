@@ -14,7 +14,7 @@ from torch import nn
 from mobiquant_compiler import wiring
 from mobiquant_compiler.errors import BadOption
 from mobiquant_compiler.launches import Launch, launches_of
-from mobiquant_compiler.runtime.launch import KERNEL_DTYPES
+from mobiquant_compiler.runtime import launch as runtime
 from mobiquant_compiler.spec import Activation
 
 Progress = Callable[[str, int, int], None]
@@ -83,17 +83,17 @@ def warmup(
         raise BadOption(where="warmup", name="max_tokens", got=max_tokens, wanted=wanted)
     width = None if activation is None else Activation.of(activation, "warmup")
     launches = launches_of(model, "warmup", activation=width)
-    todo = [launch for launch in launches if launch.device.type == "cuda" and launch.x_dtype in KERNEL_DTYPES]
+    todo = [launch for launch in launches if _why_not(launch) is None]
     if not todo:
-        return WarmupReport(reason=_reason(launches))
+        return WarmupReport(reason="; ".join(sorted({str(_why_not(launch)) for launch in launches})))
     return _run(todo, max_tokens, progress or (lambda stage, done, total: None))
 
 
-def _reason(launches: Sequence[Launch]) -> str:
-    on_gpu = sorted({str(launch.x_dtype) for launch in launches if launch.device.type == "cuda"})
-    if on_gpu:
-        return f"no kernel takes activations of {', '.join(on_gpu)}"
-    return f"the model is on {', '.join(sorted({str(launch.device) for launch in launches}))}, which runs no kernels"
+def _why_not(launch: Launch) -> str | None:
+    """Return why a launch runs no kernels, None where it does."""
+    if launch.device.type != "cuda":
+        return f"the model is on {launch.device}, which runs no kernels"
+    return runtime.refusal(launch.x_dtype, launch.device)
 
 
 def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress) -> WarmupReport:

@@ -161,10 +161,10 @@ def routed_linears(
         return reference.routed_linears(x, counts, slices, scale, zero, bias, spec)
     if path is Path.WORKSPACE:
         return by_workspace(x, counts, weights, spec, prefill)
-    return _by_integers(x, counts, weights, spec, activation)
+    return by_integers(x, counts, weights, spec, activation)
 
 
-def _by_integers(
+def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
@@ -311,11 +311,13 @@ def _warm_call(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, ac
     launch.prepare(quantize, x, counts=counts)
     kernel = _multiply_kernel(weights, x.shape[0], n, x.shape[-1], spec, activation)
     launch.multiply(kernel, prepare(x, router, gain, hist, mask, spec, activation), weights)
-    if x.shape[0] <= PREFILL_TOKENS or workspace.supports(x, n, x.shape[-1]) is not None:
+    if x.shape[0] <= PREFILL_TOKENS:
         return 4
-    for prefill in (Prefill.ROUTED, Prefill.FULL):
+    ways = [Prefill.FULL] if x.is_cuda else []
+    ways += [Prefill.ROUTED] if workspace.supports(x, n, x.shape[-1]) is None else []
+    for prefill in ways:
         by_workspace(x, counts, weights, spec, prefill)
-    return 6
+    return 4 + len(ways)
 
 
 def _register() -> None:

@@ -91,7 +91,7 @@ def ceil_div(value: int, block: int) -> int:
 
 def takes(x: Tensor) -> bool:
     """Say whether kernels take activations of this dtype on this device; others go to the reference, on record."""
-    reason = _refusal(x.dtype, x.device)
+    reason = refusal(x.dtype, x.device)
     if reason is None:
         return True
     _note_fallback(reason)
@@ -99,7 +99,7 @@ def takes(x: Tensor) -> bool:
 
 
 @cache
-def _refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why no kernel runs, None where kernels do."""
     if dtype not in KERNEL_DTYPES:
         return f"activations are {dtype}"

@@ -66,7 +66,8 @@ class TestHelp:
     def test_lists_every_command(self, run: Run) -> None:
         code, out, _ = run("--help")
         assert code == 0
-        for name in ("demo", "quantize", "eval", "generate", "bench", "tune", "inspect", "dump", "explain", "passes"):
+        used = ("demo", "quantize", "eval", "generate", "bench", "inspect")
+        for name in (*used, "tune", "dump", "emit", "explain", "passes"):
             assert f"\n  {name} " in out
         assert "--install-completion" in out
 
@@ -279,7 +280,7 @@ class TestGraphs:
         assert {"00-input.fx", "01-normalise-linears.fx", "01-normalise-linears.diff", "report.json"} <= names
         assert str(folder / "report.json") in out.replace("\n", "")
         kernels = {p.name.partition("__")[0] for p in (folder / "kernels").iterdir()}
-        assert kernels == {"route", "quantize_activation", "decode_gemv", "grouped_gemm"}
+        assert kernels == {"route_quantize", "sliced_mma"}
         assert len(json.loads((folder / "report.json").read_text())["coverage"]["rewritten"]) == 7
 
     def test_dump_leaves_a_directory_in_use_alone(
@@ -287,6 +288,16 @@ class TestGraphs:
     ) -> None:
         (tmp_path / "old").touch()
         assert "new or empty directory" in fails("dump", elastic, tmp_path)
+
+    def test_dump_of_a_long_call_has_the_kernels_of_its_path(self, run: Run, plain: str, tmp_path: Path) -> None:
+        assert run("dump", plain, tmp_path / "d", "--tokens", "65", "--target", "80")[0] == 0
+        names = {p.name for p in (tmp_path / "d").glob("*/kernels/*")}
+        assert {name.partition("__")[0] for name in names} == {"route_quantize", "sliced_mma", "dequantize"}
+        assert not [name for name in names if "overlap" in name], "sm_80 launches nothing ahead"
+
+    def test_dump_for_a_target_that_is_none(self, fails: Callable[..., str], elastic: str, tmp_path: Path) -> None:
+        assert "option '--target' got 12; wanted one of 80," in fails("dump", elastic, tmp_path / "d", "--target", "12")
+        assert not (tmp_path / "d").exists()
 
     def test_explain_names_what_is_left_alone(self, run: Run, plain: str) -> None:
         code, out, _ = run("explain", plain)

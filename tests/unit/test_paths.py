@@ -27,10 +27,10 @@ def capability(monkeypatch: pytest.MonkeyPatch):
     found = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: tuple(found))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some Accelerator 9000")
-    launch._refusal.cache_clear()
+    launch.refusal.cache_clear()
     reset_execution_paths()
     yield found
-    launch._refusal.cache_clear()
+    launch.refusal.cache_clear()
     reset_execution_paths()
 
 

@@ -141,7 +141,7 @@ class TestTimer:
         monkeypatch.setattr(tuning, "FLUSH_BYTES", 16)
         monkeypatch.setattr(workspace, "supports", lambda x, n, k: "too wide" if k > 4096 else None)
         monkeypatch.setattr(wiring, "by_workspace", lambda *args: seen.append(("workspace", *args)))
-        monkeypatch.setattr(wiring, "_by_integers", lambda *args: seen.append(("integer", *args)))
+        monkeypatch.setattr(wiring, "by_integers", lambda *args: seen.append(("integer", *args)))
         return seen
 
     @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Run every kernel variant once on the GPU and compare it with the reference: short enough for compute-sanitizer.
+
+    make sanitize        # PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python scripts/run_variants.py
+
+Without torch's caching every tensor is an allocation of its own, so that a read past one's end is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mobiquant_compiler import wiring
+from mobiquant_compiler.runtime import prefill
+from mobiquant_compiler.spec import Activation, Prefill
+from tests.kernel_cases import SPECS, Case, integer_case, spec_id
+
+ROWS, COLUMNS = 35, 200  # no multiple of a tile, no multiple of a group
+
+
+def check(name: str, got: torch.Tensor, case: Case) -> list[str]:
+    """Return a line if a result differs from the reference: exactly on the integer path."""
+    return (
+        [] if torch.equal(got, case.expected(torch.float32).to(got.dtype)) else [f"{name}: differs from the reference"]
+    )
+
+
+def integer_path(device: str) -> list[str]:
+    """Run one token, a small batch and siblings of every spec, 16-bit activations and 8-bit ones."""
+    wrong = []
+    for spec in SPECS:
+        for tokens in (1, 9):
+            case = integer_case(spec, tokens, ROWS, COLUMNS, bias=True, device=device)
+            name = f"{spec_id(spec)}, {tokens} tokens"
+            wrong += check(name, wiring.routed_linear(*case.arguments, spec), case)
+            x, counts, *weight = case.arguments
+            siblings = [[part] * 3 for part in weight]
+            for y in wiring.routed_linears(x, counts, *siblings, spec):
+                wrong += check(f"{name}, three weights", y, case)
+            y = wiring.routed_linear(*case.arguments, spec, Activation.A8)
+            if not bool(y.isfinite().all()):
+                wrong.append(f"{name}, a8: not finite")
+    return wrong
+
+
+def routing_and_prefill(device: str) -> list[str]:
+    """Run the route kernel alone and with quantization, and both ways of the workspace."""
+    spec = SPECS[0]
+    case = integer_case(spec, 70, 40, 256, dtype=torch.bfloat16, device=device)
+    router = (torch.ones(256, device=device), torch.tensor([1.0, 0.5, 0.25], device=device))
+    hist, mask = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    wiring.route(case.x, router, router[1], hist, mask, "energy")
+    wiring.prepare(case.x, router, router[1], hist, mask, spec)
+    wrong = [] if int(hist.sum()) == 140 else [f"histogram counted {int(hist.sum())} tokens, not 140"]
+    if prefill.supports(case.x, 40, 256) is None:
+        weight = [wiring.Weight(*case.arguments[2:])]
+        for how in (Prefill.ROUTED, Prefill.FULL):
+            case.counts.fill_(3)
+            (y,) = wiring.by_workspace(case.x, case.counts, weight, spec, how)
+            error = (y.double() - case.expected()).norm() / case.expected().norm()
+            wrong += [] if float(error) < 1e-2 else [f"workspace, {how}: relative error {float(error):.1e}"]
+    return wrong
+
+
+def main() -> int:
+    """Run all; print what went wrong."""
+    wrong = [*integer_path("cuda"), *routing_and_prefill("cuda")]
+    torch.cuda.synchronize()
+    print("\n".join(wrong) or f"all variants of {len(SPECS)} specs agree with the reference")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
