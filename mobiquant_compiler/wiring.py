@@ -5,9 +5,9 @@ Importing this module registers them and imports neither triton nor a kernel; bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +153,10 @@ def routed_linears(
     activation: Activation = Activation.A16,
     prefill: Prefill = Prefill.ROUTED,
 ) -> list[Tensor]:
-    """`reference.routed_linears` by the path that suits the number of tokens; activations are prepared once."""
+    """`reference.routed_linears` by the path that suits the number of tokens; activations are prepared once.
+
+    With `Prefill.FULL` and more than `PREFILL_TOKENS` tokens all counts must be equal, as `route` then makes them.
+    """
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
     path = path_of(x, max(weight.rows for weight in weights), spec, prefill)
     paths.note(path, x.numel() // max(1, x.shape[-1]), len(weights))
@@ -167,6 +170,7 @@ def routed_linears(
 def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
+    """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
     kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
     return _multiply_all(launch.prepare(kernel, x, counts=counts), weights, spec, activation)
 
@@ -174,6 +178,7 @@ def by_integers(
 def by_workspace(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, prefill: Prefill
 ) -> list[Tensor]:
+    """Multiply tokens of given slice counts, all equal with `Prefill.FULL`, by dequantized weights."""
     full = prefill is Prefill.FULL
     kernel = dequantize_kernel(spec, x.shape[-1], target_of(x.device), sorted_rows=not full)
     if full:  # all tokens have one count: nothing has to be sorted
@@ -320,16 +325,27 @@ def _warm_call(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, ac
     return 4 + len(ways)
 
 
+def _counts_as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an op whose caller gives the slice counts honour them: only with `route` in it does FULL make them equal."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        *rest, prefill = args
+        return function(*rest, Prefill.ROUTED if prefill is Prefill.FULL else prefill)
+
+    return call
+
+
 def _register() -> None:
     implementations = {
         "route": ops.takes_prefill(route),
         # Sorting and indexing by tensors stay on the device: the reference is what one would write.
         "gather": reference.gather,
-        "slice_gemm": ops.takes_spec(slice_gemm),
+        "slice_gemm": ops.takes_spec(_counts_as_given(slice_gemm)),
         "scatter": reference.scatter,
-        "routed_linear": ops.takes_spec(routed_linear),
+        "routed_linear": ops.takes_spec(_counts_as_given(routed_linear)),
         "elastic_linear": _elastic_linear,
-        "routed_linears": ops.takes_spec(routed_linears),
+        "routed_linears": ops.takes_spec(_counts_as_given(routed_linears)),
         "elastic_linears": _elastic_linears,
     }
     ops.implement(implementations, "CUDA")

@@ -142,3 +142,12 @@ def test_threads_lose_no_call() -> None:
     for thread in threads:
         thread.join()
     assert execution_paths() == [{"path": "integer", "tokens": "1", "calls": 8000}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "done"),
+    [(Prefill.FULL, Prefill.ROUTED), (Prefill.ROUTED, Prefill.ROUTED), (Prefill.EXACT, Prefill.EXACT)],
+)
+def test_ops_that_are_given_counts_honour_them(asked: Prefill, done: Prefill) -> None:
+    """Only where route is part of the op are all counts of a long call known to be equal."""
+    assert wiring._counts_as_given(lambda *args: args)("x", "counts", asked) == ("x", "counts", done)
