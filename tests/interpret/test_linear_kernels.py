@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from tests.tolerances import A8_TOLERANCE, INTEGER_NORM, TOLERANCES, relative_no
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EXACT_DTYPES = DTYPES[:2]  # the interpreter truncates on the way to bfloat16, devices round
-FEW = settings(max_examples=3)
+# A failing example is not made smaller: that would run kernels for minutes.
+FEW = settings(max_examples=3, phases=(Phase.explicit, Phase.generate))
 
 
 def run(case: Case, activation: Activation = Activation.A16, prefill: Prefill = Prefill.ROUTED) -> Tensor:
@@ -32,7 +33,7 @@ def several_steps(spec: SliceSpec) -> int:
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(FEW, max_examples=4)
 def test_one_token_is_exact_on_integers(spec: SliceSpec, data: st.DataObject) -> None:
     k = data.draw(st.integers(32, 300), "k")
     n = data.draw(st.sampled_from((1, 3, 17, 33)), "n")
