@@ -16,7 +16,7 @@ from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
-from tests.kernel_cases import SPECS, Case, integer_case, random_case, spec_id
+from tests.kernel_cases import EVEN_K, SPECS, Case, integer_case, random_case, spec_id
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def run(cases: Sequence[Case], activation: Activation = Activation.A16) -> list[
 
 
 @pytest.mark.parametrize("rows", [(203, 5), (1, 130, 16), (160, 3, 40, 1), (33, 33, 33, 33)], ids=str)
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[2], SPECS[6]], ids=spec_id)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[6]], ids=spec_id)
 def test_weights_of_any_rows_in_one_launch(
     spec: SliceSpec, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +67,7 @@ def test_weights_of_any_rows_in_one_launch(
 @pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_weight_has_the_same_bits_among_siblings(activation: Activation, tokens: int) -> None:
-    cases = [random_case(SPECS[0], tokens, n, 4096, dtype=torch.bfloat16, seed=n, device=WHERE) for n in (30, 170, 2)]
+    cases = [random_case(SPECS[0], tokens, n, EVEN_K, dtype=torch.bfloat16, seed=n, device=WHERE) for n in (30, 170, 2)]
     cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
     for case, y in zip(cases, run(cases, activation), strict=True):
         assert torch.equal(y, wiring.routed_linear(*case.arguments, case.spec, activation))
@@ -171,7 +171,7 @@ class Block(nn.Module):
 def elastic_block() -> Block:
     """Return a quantized block in bfloat16."""
     model = Block().eval().requires_grad_(False).to(WHERE, torch.bfloat16)
-    mq.quantize_(model, calibration=torch.randn(64, 512, dtype=torch.bfloat16, device=WHERE))
+    mq.quantize_(model)
     return model
 
 
@@ -202,11 +202,12 @@ def test_kernels_that_overlap_wait_for_what_they_read(tokens: int) -> None:
     """Launched in one go and one by one: the same bits, though each begins before the one before it ends."""
     torch.use_deterministic_algorithms(False)
     model, x = elastic_block(), torch.randn(tokens, 512, dtype=torch.bfloat16, device=WHERE)
-    mq.set_budget(model, 4)
     wanted = x
     for left, right in model.pairs:
         ys = []
         for linear in (left, right):
+            scores = reference.energy_scores(wanted, [linear.router.energy, linear.router.gain])
+            linear.router.thresholds.copy_(scores.median(0).values)  # tokens differ in their counts
             ys.append(linear(wanted))
             torch.cuda.synchronize()
         wanted = torch.nn.functional.normalize(ys[0] + torch.tanh(ys[1]), dim=-1) * 20
