@@ -132,7 +132,7 @@ def path_of(x: Tensor, n: int, spec: SliceSpec, prefill: Prefill) -> Path:
     """
     if not launch.takes(x):
         return Path.REFERENCE
-    tokens, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    tokens, k = launch.token_count(x), x.shape[-1]
     if tokens <= PREFILL_TOKENS or prefill is Prefill.EXACT:
         return Path.INTEGER
     if prefill is Prefill.FULL:
@@ -159,7 +159,7 @@ def routed_linears(
     """
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
     path = path_of(x, max(weight.rows for weight in weights), spec, prefill)
-    paths.note(path, x.numel() // max(1, x.shape[-1]), len(weights))
+    paths.note(path, launch.token_count(x), len(weights))
     if path is Path.REFERENCE:
         return reference.routed_linears(x, counts, slices, scale, zero, bias, spec)
     if path is Path.WORKSPACE:
@@ -237,15 +237,14 @@ def elastic_linears(
     if not _routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
-    paths.note(Path.INTEGER, x.numel() // max(1, x.shape[-1]), len(slices))
+    paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     prepared = prepare(x, router, thresholds, hist, mask, spec, activation)
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
     return _multiply_all(prepared, weights, spec, activation)
 
 
-def _elastic_linears(*args: Any) -> list[Tensor]:
-    """`elastic_linears` as its schema ends: widths, group, layout, activation, prefill."""
-    return ops.takes_spec(elastic_linears)(*args)
+# Made once: it stands in the path of every call.
+_elastic_linears = ops.takes_spec(elastic_linears)
 
 
 def _elastic_linear(*args: Any) -> Tensor:
@@ -293,7 +292,7 @@ def warm_kernels(
     bias = None if bias_dtype is None else torch.zeros(1, dtype=bias_dtype, device=device)
     scale = torch.zeros(spec.scale_shape(1, k), dtype=scale_dtype, device=device)
     slices = torch.zeros(spec.packed_shape(1, k), dtype=torch.int32, device=device)
-    weights = [launch.Weight(slices, scale, scale, bias)] * parts
+    weights = [Weight(slices, scale, scale, bias)] * parts
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
     launched = sum(
         _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation)

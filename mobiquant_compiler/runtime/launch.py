@@ -134,7 +134,7 @@ def prepare(
         mask: int32 [1 + capacity].
         counts: int32 [...], slice counts that are known already.
     """
-    spec, tokens, columns = kernel.spec, _token_count(x), x.shape[-1]
+    spec, tokens, columns = kernel.spec, token_count(x), x.shape[-1]
     groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
     if counts is None:
         counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
@@ -224,7 +224,8 @@ def _current(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _token_count(x: Tensor) -> int:
+def token_count(x: Tensor) -> int:
+    """Return how many tokens activations [..., K] hold."""
     tokens = 1
     for size in x.shape[:-1]:
         tokens *= size
