@@ -172,10 +172,11 @@ class KernelSpec:
         block_m: BLOCK_M, tokens per tile: 1, or blocks of eight.
         block_n: BLOCK_N, output rows per tile.
         block_w: BLOCK_W, columns per step.
-        num_warps: Warps per program.
-        num_stages: Software pipeline stages of the loop over columns.
+        block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
+        num_warps: NUM_WARPS, warps per program.
+        padded: PADDED, there are fewer than K_PADDED columns of activations (route_quantize).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
-        prefetch: PREFETCH, bring the base slice into the L2 cache while waiting for the kernel before.
+        prefetch: PREFETCH, columns of the base slice to bring into the L2 cache while waiting for the kernel before.
         max_registers: Registers a thread may use, 0 for as many as the compiler likes.
         sorted_rows: SORTED_ROWS, tokens are grouped by slice count: every count in use is written (dequantize).
         emulate: EMULATE, spell out in tensors what is inline assembly elsewhere (the interpreter runs none).
@@ -194,10 +195,11 @@ class KernelSpec:
     block_m: int = 1
     block_n: int = 1
     block_w: int = 32
+    block_r: int = 1
     num_warps: int = 4
-    num_stages: int = 1
+    padded: bool = False
     overlap: bool = False
-    prefetch: bool = False
+    prefetch: int = 0
     max_registers: int = 0
     sorted_rows: bool = False
     emulate: bool = False
@@ -206,12 +208,10 @@ class KernelSpec:
         SliceSpec(self.widths, self.group, self.layout)
         if self.k % self.group:
             raise BadKernelSpec(family=self.family, name="k", got=self.k, wanted=f"a multiple of group {self.group}")
-        for name in ("block_m", "block_n", "block_w", "num_warps"):
+        for name in ("block_m", "block_n", "block_w", "block_r", "num_warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
-        if self.num_stages < 1:
-            raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
         if not 1 <= self.parts <= MAX_SIBLINGS:
             wanted = f"1 to {MAX_SIBLINGS}"
             raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
@@ -220,12 +220,15 @@ class KernelSpec:
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = ("route", "quantize", "overlap", "prefetch", "sorted_rows", "has_bias", "emulate")
+        flags = ("route", "quantize", "padded", "overlap", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
-        limit = f"r{self.max_registers}" if self.max_registers else ""
-        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}x{self.num_warps}p{self.num_stages}{limit}"
-        return f"{self.family}__s{widths}_g{self.group}_k{self.k}_{self.layout}_{self.activation}{parts}{marks}_{tile}"
+        early = f"_prefetch{self.prefetch}" if self.prefetch else ""
+        limit = f"max{self.max_registers}" if self.max_registers else ""
+        scored = f"r{self.block_r}" if self.block_r > 1 else ""
+        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{limit}"
+        weight = f"s{widths}_g{self.group}_k{self.k}_{self.layout}"
+        return f"{self.family}__{weight}_{self.activation}{parts}{marks}{early}_{tile}"
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, for headers and reports."""

@@ -53,12 +53,14 @@ def split_kernel(words_ptr, out_ptr, HALF: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def load_kernel(ptr, out_ptr, limit, COUNT: tl.constexpr, MASKED: tl.constexpr, EMULATE: tl.constexpr):
+def load_kernel(ptr, out_ptr, limit, COUNT: tl.constexpr, HOW: tl.constexpr, EMULATE: tl.constexpr):
     lane = tl.arange(0, 32)
-    if MASKED:
+    if HOW == "masked":
         words = fragments.load_words(ptr + lane * COUNT, lane < limit, COUNT, EMULATE)
-    else:
+    elif HOW == "stream":
         words = fragments.stream_words(ptr + lane * COUNT, COUNT, EMULATE)
+    else:
+        words = fragments.read_words(ptr + lane * COUNT, COUNT, EMULATE)
     for j in tl.static_range(COUNT):
         tl.store(out_ptr + lane * COUNT + j, words[j])
 
@@ -71,10 +73,10 @@ def select_kernel(above_ptr, below_ptr, out_ptr, KEEP: tl.constexpr, EMULATE: tl
 
 
 @triton.jit
-def order_kernel(parts_ptr, out_ptr, M: tl.constexpr):
+def order_kernel(parts_ptr, out_ptr, M: tl.constexpr, W: tl.constexpr):
     column = tl.arange(0, M)
-    parts = tl.load(parts_ptr + tl.arange(0, 8)[:, None] * M + column[None, :])
-    tl.store(out_ptr + column, fragments.sum_in_order(parts))
+    parts = tl.load(parts_ptr + tl.arange(0, W)[None, :] * M + column[:, None])
+    tl.store(out_ptr + column, fragments.sum_neighbours(parts))
 
 
 @triton.jit
@@ -186,12 +188,13 @@ def check_vector_loads(count: int, where: str, emulate: bool) -> None:
     words = random_words(LANES * count, where=where)
     for limit in (0, 1, 19, LANES):
         out = torch.empty_like(words)
-        load_kernel[(1,)](words, out, limit, count, True, emulate, num_warps=1)
+        load_kernel[(1,)](words, out, limit, count, "masked", emulate, num_warps=1)
         assert torch.equal(out[: limit * count], words[: limit * count])
         assert not out[limit * count :].any()
-    out = torch.empty_like(words)
-    load_kernel[(1,)](words, out, 0, count, False, emulate, num_warps=1)
-    assert torch.equal(out, words)
+    for how in ("stream", "read"):
+        out = torch.empty_like(words)
+        load_kernel[(1,)](words, out, 0, count, how, emulate, num_warps=1)
+        assert torch.equal(out, words), how
 
 
 def check_select_bits(where: str, emulate: bool) -> None:
@@ -204,13 +207,18 @@ def check_select_bits(where: str, emulate: bool) -> None:
 
 
 def check_order_of_sums(columns: int, where: str) -> None:
-    """Sum eight numbers of very different size, for which every order gives other bits."""
+    """Sum numbers of very different size, for which every order gives other bits; a branch may be summed before."""
     g = torch.Generator().manual_seed(columns)
     p = torch.randn(8, columns, generator=g) * torch.exp2(torch.randint(-12, 12, (8, columns), generator=g).float())
-    out = torch.empty(columns, device=where)
-    order_kernel[(1,)](p.to(where), out, columns, num_warps=1)
-    assert torch.equal(out.cpu(), (((p[0] + p[1]) + p[2]) + p[3]) + (((p[4] + p[5]) + p[6]) + p[7]))
-    assert not torch.equal(out.cpu(), ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
+    wanted = ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]))
+    assert not torch.equal(wanted, (((p[0] + p[1]) + p[2]) + p[3]) + (((p[4] + p[5]) + p[6]) + p[7]))
+    while True:
+        out = torch.empty(columns, device=where)
+        order_kernel[(1,)](p.to(where), out, columns, len(p), num_warps=1)
+        assert torch.equal(out.cpu(), wanted), f"{len(p)} parts"
+        if len(p) == 1:
+            return
+        p = p[0::2] + p[1::2]
 
 
 def check_join_units(width: int, count: int, where: str, emulate: bool) -> None:

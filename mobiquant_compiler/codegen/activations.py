@@ -6,24 +6,36 @@ import triton.language as tl
 from mobiquant_compiler.codegen import fragments
 
 
+@triton.constexpr_function
+def part_words(group):
+    """Return how many words of a quarter of a group a lane loads at a time."""
+    return min(4, group // 16)
+
+
+@triton.jit
+def words_of_bytes(xi, GROUP: tl.constexpr):
+    """Join the low bytes of four columns to a word, the first lowest; int32 [B, GROUP] -> [B, 4, parts, words]."""
+    WORDS: tl.constexpr = part_words(GROUP)
+    parts = tl.reshape(xi & 255, [xi.shape[0], 4, GROUP // 16 // WORDS, WORDS, 4])
+    return tl.sum(parts << (8 * tl.arange(0, 4))[None, None, None, None, :], axis=4)
+
+
 @triton.jit
 def activation_places(offs_g, token, blocks, GROUP: tl.constexpr):
-    """Return where each column of a token's groups goes among quantized bytes, in the order lanes load them.
+    """Return where each word of a token's groups goes among quantized bytes, in the order lanes load them.
 
-    Bytes are ordered by group, block of eight tokens, part of at most 16 bytes a lane, lane (token in the block times
-    four plus place in its quad), byte. The lane at place t takes quarter `fragments.quarter_of_lane(t)` of the group.
+    Words are ordered by group, block of eight tokens, part of at most four words a lane, lane (token in the block times
+    four plus place in its quad), word. The lane at place t takes quarter `fragments.quarter_of_lane(t)` of the group.
 
-    Shapes: offs_g [B]; token and blocks scalars; returns int64 [B, GROUP].
+    Shapes: offs_g [B]; token and blocks scalars; returns int64 [B, 4 quarters, parts, words].
     """
-    QUARTER: tl.constexpr = GROUP // 4
-    STEP: tl.constexpr = 16 if QUARTER > 16 else QUARTER
-    column = tl.arange(0, GROUP)
-    quarter = column // QUARTER
-    inside = column % QUARTER
+    WORDS: tl.constexpr = part_words(GROUP)
+    PARTS: tl.constexpr = GROUP // 16 // WORDS
     # Which place takes a quarter is its own inverse: quarters 1 and 2 change places.
-    lane = (token % 8) * 4 + fragments.quarter_of_lane(quarter)
-    within = ((inside // STEP) * 32 + lane) * STEP + inside % STEP
-    return ((offs_g.to(tl.int64) * blocks + token // 8) * (32 * QUARTER))[:, None] + within[None, :]
+    lane = (token % 8) * 4 + fragments.quarter_of_lane(tl.arange(0, 4))
+    within = (tl.arange(0, PARTS)[None, :] * 32 + lane[:, None]) * WORDS
+    within = within[:, :, None] + tl.arange(0, WORDS)[None, None, :]
+    return ((offs_g.to(tl.int64) * blocks + token // 8) * (2 * GROUP))[:, None, None, None] + within[None, :, :, :]
 
 
 @triton.jit
@@ -35,4 +47,16 @@ def load_activation(ptr, at, lane, mask, GROUP: tl.constexpr, EMULATE: tl.conste
         words = words + fragments.load_words(ptr + (at * 64 + 32 + lane) * 4, mask, 4, EMULATE)
     else:
         words = fragments.load_words(ptr + (at * 32 + lane) * WORDS, mask, WORDS, EMULATE)
+    return words
+
+
+@triton.jit
+def read_activation(ptr, at, lane, GROUP: tl.constexpr, EMULATE: tl.constexpr):
+    """`load_activation` in every lane."""
+    WORDS: tl.constexpr = GROUP // 16
+    if WORDS == 8:
+        words = fragments.read_words(ptr + (at * 64 + lane) * 4, 4, EMULATE)
+        words = words + fragments.read_words(ptr + (at * 64 + 32 + lane) * 4, 4, EMULATE)
+    else:
+        words = fragments.read_words(ptr + (at * 32 + lane) * WORDS, WORDS, EMULATE)
     return words

@@ -159,7 +159,7 @@ def options(spec: KernelSpec) -> dict[str, Any]:
     """Return the compile options of a kernel, the same for launches and for `compile_for`."""
     chosen: dict[str, Any] = {
         "num_warps": spec.num_warps,
-        "num_stages": spec.num_stages,
+        "num_stages": 1,  # no template has a loop that Triton could pipeline
         "enable_fp_fusion": toolchain.FP_FUSION,
     }
     if spec.max_registers:

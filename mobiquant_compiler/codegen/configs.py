@@ -22,8 +22,10 @@ _SHARED_BYTES = {
     120: 101376,
 }
 _OVERLAPS_FROM = 90  # compute capability of programmatic dependent launches
-_STEP_COLUMNS = 32768  # columns that route_quantize holds in registers at a time, at most
-_FEW_ROWS = 8192  # below, programs are so few that all begin at once, and find their first words already on the way
+_SCORED = 4096  # columns that a routing program has in flight at a time, at most
+_LONG = 8192  # columns above which a token gets wider programs: one of them reads all of it, to route
+_FEW_ROWS = 8192  # below, programs are so few that all begin at once: their whole base slice is worth asking for early
+_WIDE_SLICES = 4  # with more slices than these a warp has no registers for more than eight tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,19 @@ class TokenClass(StrEnum):
     """Numbers of tokens that share a kernel."""
 
     ONE = "1"
-    MANY = "2.."
+    FEW = "2..8"
+    SOME = "9..16"
+    MANY = "17..32"
+    BATCH = "33.."
 
     @classmethod
     def of(cls, tokens: int) -> TokenClass:
         """Return the class of `tokens` >= 1."""
-        return cls.ONE if tokens == 1 else cls.MANY
+        return next(c for c in reversed(cls) if tokens >= c.sample)
 
     @property
     def sample(self) -> int:
-        """A number of tokens of this class, for warming up."""
+        """The least number of tokens of this class, for warming up."""
         return int(self.value.partition("..")[0])
 
 
@@ -79,13 +84,17 @@ class Tile:
     block_w: int
     num_warps: int
     max_registers: int = 0
+    block_r: int = 1
 
 
-# Best first; a later line needs less. Measured on an H100 (benchmarks/results/h100/linear.json has what they give):
-# wider tiles of rows or tokens, more steps in flight and fewer chains a warp were all slower, for want of registers.
+# Best first; a later line needs less. Measured on an H100 (benchmarks/results/h100/linear.json has what they give).
 _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.SLICED_MMA, TokenClass.ONE): (Tile(1, 16, 32, 8, 128),),
-    (Family.SLICED_MMA, TokenClass.MANY): (Tile(8, 16, 32, 8, 128),),
+    (Family.SLICED_MMA, TokenClass.FEW): (Tile(8, 16, 32, 8, 128),),
+    (Family.SLICED_MMA, TokenClass.SOME): (Tile(16, 16, 32, 8, 128),),
+    # Warps of two times 16 rows meet the same activations in L1; more rows were no faster, and fill a GPU less evenly.
+    (Family.SLICED_MMA, TokenClass.MANY): (Tile(32, 32, 32, 16, 128),),
+    (Family.SLICED_MMA, TokenClass.BATCH): (Tile(32, 32, 32, 8, 128),),
     # Four runs of 1024 columns: a lane has four octets, whose loads are in flight together.
     (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
 }
@@ -95,11 +104,11 @@ def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
     - route_quantize: one float32 a warp for each group reduced.
-    - sliced_mma: the eight chains' sums of a tile of 16 rows by 8 tokens, twice while they change hands.
+    - sliced_mma: the sums of all warps over a block of eight tokens, twice while they change hands.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
     if spec.family is Family.SLICED_MMA:
-        return 2 * 4 * 8 * spec.block_n * 8
+        return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
         return 4 * spec.block_n * spec.block_w
     return 4 * spec.num_warps * max(32, spec.block_w // spec.group)
@@ -172,12 +181,14 @@ def kernel_spec(
             parts=parts if mma else 1,
             route=route and first,
             quantize=quantize and first,
+            padded=first and weight.padded(k) != k,
             block_m=tile.block_m,
             block_n=tile.block_n,
             block_w=tile.block_w,
+            block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
             overlap=overlap,
-            prefetch=overlap and mma and n < _FEW_ROWS,
+            prefetch=_prefetched(weight, n, weight.padded(k), tokens) if overlap and mma else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
             emulate=emulate and mma,
@@ -189,9 +200,23 @@ def kernel_spec(
 
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
     if family is Family.ROUTE_QUANTIZE:
-        # A program has all of a token: one warp for each 512 columns keeps what it holds in registers.
-        columns = min(_STEP_COLUMNS, power_of_two(weight.padded(k)))
-        return (Tile(1, 1, columns, min(32, max(4, columns // 512))),)
+        # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
+        warps = 4 if k <= _LONG else 8
+        columns = min(256 * warps, power_of_two(weight.padded(k)))
+        return (Tile(1, 1, columns, warps, block_r=min(_SCORED, power_of_two(weight.padded(k)))),)
     if family is Family.DEQUANTIZE:
         return _TILES[family, TokenClass.MANY]
+    if tokens is not TokenClass.ONE and weight.num_slices > _WIDE_SLICES:
+        tokens = TokenClass.FEW
     return _TILES[family, tokens]
+
+
+def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
+    """Return how many columns of the base slice a program asks for before the kernel before has ended.
+
+    With more programs than run at once those of a first step (eight pairs of groups), which all of a warp's loads wait
+    for: more would be asked for twice. With more than 16 tokens several programs read the same rows anyway.
+    """
+    if tokens not in (TokenClass.ONE, TokenClass.FEW, TokenClass.SOME):
+        return 0
+    return k if n < _FEW_ROWS else min(k, 16 * weight.group)

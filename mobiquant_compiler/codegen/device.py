@@ -76,20 +76,10 @@ def append_octets(
     return octets
 
 
-@triton.jit
-def add_group(acc, dots, scale, zero, step, total, shrink):
-    """Add to acc the share of the output that comes from one group, given its integer dot product.
-
-    With ``shrink = 2**-m`` for m residual bits, activations ``x = step xi`` and ``total = step sum(xi)``, slices.py's
-    ``s_k (Q_k - Z_k) . x`` is ``s (Q_k . xi (step shrink) - total (z + (1 - shrink) / 2))``. Powers of two scale
-    without rounding.
-
-    Numerics: contraction is spelled out here and off elsewhere (`toolchain.FP_FUSION`), so that bodies compiled for
-        different slice counts and batch sizes round alike.
-    Shapes: dots int32, the rest float32, all [THREADS].
-    """
-    below = tl.fma(-total, zero, -total * (0.5 - 0.5 * shrink))
-    return tl.fma(scale, tl.fma(dots.to(tl.float32), step * shrink, below), acc)
+@triton.constexpr_function
+def width_of(widths, index):
+    """Return the width of slice `index`, as the widths of a weight that has no other."""
+    return (widths[index],)
 
 
 @triton.constexpr_function
@@ -343,32 +333,6 @@ def unit_of(words, INDEX: tl.constexpr, WHICH: tl.constexpr):
     return unit
 
 
-@triton.jit
-def load_scales(
-    ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
-):
-    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group; two float32 [THREADS]."""
-    GROUPS: tl.constexpr = K_PADDED // GROUP
-    at = ptr + row * GROUPS + pair * 2
-    if GROUPS % 2 == 0 and ptr.dtype.element_ty.primitive_bitwidth == 16 and not EMULATE:
-        if CHECKED:
-            both = tl.load(at.to(tl.pointer_type(tl.int32)), mask=pair * 2 < GROUPS, other=0)
-        else:
-            both = tl.load(at.to(tl.pointer_type(tl.int32)))
-        first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
-        second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
-    else:
-        first = tl.load(at, mask=pair * 2 < GROUPS, other=0.0)
-        second = tl.load(at + 1, mask=pair * 2 + 1 < GROUPS, other=0.0)
-    return first.to(tl.float32), second.to(tl.float32)
-
-
-@triton.constexpr_function
-def shrink_at(widths, count):
-    """Return the power of two by which the step of `count` slices is smaller than the base step."""
-    return 1.0 / (1 << sum(widths[1:count]))
-
-
 @triton.constexpr_function
 def all_shared(widths, layout, group):
     """Say whether a quad's lanes read a pair of groups in one run in every slice (`is_shared_run`)."""
@@ -386,13 +350,19 @@ def prefetch_base(
     LAYOUT: tl.constexpr,
     K_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Ask for the base slice (its first plane) of ROWS rows, which are one run of memory, to come into the L2 cache."""
+    """Ask for the first COLUMNS of ROWS rows of the base slice (its first plane) to come into the L2 cache."""
     UNIT: tl.constexpr = unit_bits(WIDTHS, LAYOUT, 0)
     THREADS: tl.constexpr = tid.shape[0]
     ROW_WORDS: tl.constexpr = K_PADDED * UNIT // 32
-    for start in tl.static_range(0, (ROWS * ROW_WORDS + 31) // 32, THREADS):
-        word = (start + tid) * 32
-        inside = (word < ROWS * ROW_WORDS) & (first_row + word // ROW_WORDS < n_rows)
+    # Whole rows follow one another without gaps: one row of all words. Lines of 128 bytes have 32 words.
+    WORDS: tl.constexpr = ROWS * ROW_WORDS if COLUMNS == K_PADDED else COLUMNS * UNIT // 32
+    RUNS: tl.constexpr = 1 if COLUMNS == K_PADDED else ROWS
+    LINES: tl.constexpr = (WORDS + 31) // 32
+    for start in tl.static_range(0, RUNS * LINES, THREADS):
+        line = start + tid
+        word = line // LINES * ROW_WORDS + line % LINES * 32
+        inside = (line < RUNS * LINES) & (first_row + word // ROW_WORDS < n_rows)
         fragments.prefetch_line(slices_ptr + first_row.to(tl.int64) * ROW_WORDS + word, inside, EMULATE)

@@ -47,6 +47,37 @@ def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT (1, 2 or 4) consecutive words a thread that other warps read too: by way of the L1 cache.
+
+    Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32 [THREADS].
+    """
+    if EMULATE or COUNT == 1:
+        words = ()
+        for j in tl.static_range(COUNT):
+            words = words + (tl.load(ptr + j).to(tl.int32, bitcast=True),)
+    elif COUNT == 4:
+        words = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            "ld.global.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return words
+
+
+@triton.jit
 def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
 
@@ -199,13 +230,17 @@ def multiply_tile(codes, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def sum_in_order(parts):
-    """Sum the rows of float32 [8, M] in one fixed order, (((0 + 1) + 2) + 3) + (((4 + 5) + 6) + 7); returns [M].
+def sum_neighbours(parts):
+    """Sum the last dimension of float32 [M, W], W a power of two, neighbours first: ((0 + 1) + (2 + 3)) + ...
 
-    A library reduction may choose its order by shape; here a token's bits must not depend on its tile.
+    One written order: a library reduction may choose its own by shape; here a token's bits must not depend on its tile.
+    Parts that were summed over a whole branch of this tree before give the same bits.
     """
-    even, odd = tl.split(tl.reshape(tl.trans(parts), [parts.shape[1], 2, 2, 2]))  # [M, half, pair]
-    p0, p2 = tl.split(even)
-    p1, p3 = tl.split(odd)
-    left, right = tl.split(((p0 + p1) + p2) + p3)
-    return left + right
+    M: tl.constexpr = parts.shape[0]
+    W: tl.constexpr = parts.shape[1]
+    if W == 1:
+        total = tl.reshape(parts, [M])
+    else:
+        left, right = tl.split(tl.reshape(parts, [M, W // 2, 2]))
+        total = sum_neighbours(left + right)
+    return total

@@ -51,8 +51,6 @@ def parameter_type(name: str, family: Family, dtypes: Dtypes) -> str:
     if name in ("scale_ptr", "zero_ptr"):
         return f"*{dtypes.scale}"
     if name in ("high_ptr", "low_ptr", "affine_ptr"):
-        # Lanes read what was quantized in words.
-        if family is Family.SLICED_MMA:
-            return "*i32"
-        return "*fp32" if name == "affine_ptr" else "*i8"
+        # Bytes are written and read in words, and what is read is read as words, floats too.
+        return "*fp32" if name == "affine_ptr" and family is Family.ROUTE_QUANTIZE else "*i32"
     return _FIXED[name]

@@ -15,6 +15,8 @@ from mobiquant_compiler.spec import Family, KernelSpec
 
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
+# Modules of jitted functions that templates call; they import one another in this order.
+_SHARED = ("fragments", "activations", "device", "scaling", "products", "chains", "tiles")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
 
 
@@ -37,7 +39,9 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "BLOCK_W": spec.block_w,
-        "NUM_STAGES": spec.num_stages,
+        "BLOCK_R": spec.block_r,
+        "NUM_WARPS": spec.num_warps,
+        "PADDED": spec.padded,
         "EMULATE": spec.emulate,
     }
 
@@ -59,7 +63,7 @@ def template_digest(family: Family) -> str:
 
 def fingerprint(family: Family) -> str:
     """Return the hash of everything but the spec that an emitted kernel's behaviour depends on."""
-    shared = (_source(_HERE / name) for name in ("activations.py", "device.py", "fragments.py", "products.py"))
+    shared = (_source(_HERE / f"{name}.py") for name in _SHARED)
     texts = [_source(template_path(family)), *shared, toolchain.version()]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 

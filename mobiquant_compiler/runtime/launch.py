@@ -42,7 +42,7 @@ class Prepared:
         counts: Slice counts, int32 [T].
         high: High halves (all there is in a8), int8 [groups, blocks of 8 tokens, 32 lanes, group / 4].
         low: Low halves, the same shape; empty in a8.
-        affine: Step, and step times the sum of the integers, float32 [groups, 8 blocks, 2].
+        affine: Step, and minus step times the sum of the integers, float32 [groups, 8 blocks, 2].
         shape: Leading dimensions of the activations.
         columns: K, columns before padding.
         dtype: Of the activations, and so of the outputs.
@@ -148,16 +148,16 @@ def prepare(
         energy, gain = router if spec.route else (None, None)
         with _current(x):
             kernel.launch(
-                (tokens,),
-                x_ptr=_rows(x),
-                energy_ptr=_packed(energy),
+                (tokens, int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)),
+                x_ptr=_aligned(_rows(x)),
+                energy_ptr=_aligned(energy),
                 gain_ptr=_packed(gain),
                 thresholds_ptr=_packed(thresholds),
                 hist_ptr=hist,
                 mask_ptr=mask,
                 counts_ptr=prepared.counts,
-                high_ptr=high,
-                low_ptr=low,
+                high_ptr=high.view(torch.int32),
+                low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
                 tokens=tokens,
                 columns=columns,
@@ -211,8 +211,10 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor packed and aligned to 16 bytes, as vector loads want it; nearly always it is."""
+    if tensor is None:
+        return None
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 

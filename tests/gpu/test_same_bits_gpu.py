@@ -115,6 +115,6 @@ def test_the_order_of_sums_is_that_of_chains() -> None:
             inner = dots[:, group] - totals[:, group] * case.zero[:, group]  # rounded twice, as the kernel does
             chains[pair % 8] = fma(case.scale[:, group], inner, chains[pair % 8])
     c = chains
-    wanted = (((c[0] + c[1]) + c[2]) + c[3]) + (((c[4] + c[5]) + c[6]) + c[7])
+    wanted = ((c[0] + c[1]) + (c[2] + c[3])) + ((c[4] + c[5]) + (c[6] + c[7]))
     assert torch.equal(run(case)[0], wanted)
     assert torch.equal(run(replace(case, x=case.x.repeat(9, 1), counts=case.counts.repeat(9))), wanted.repeat(9, 1))

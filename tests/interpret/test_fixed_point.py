@@ -43,9 +43,9 @@ def integers(prepared: Prepared) -> Tensor:
 
 
 def facts(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """Return step and total, each [T, groups]."""
-    step, total = prepared.affine[:, : prepared.tokens].unbind(-1)
-    return step.t(), total.t()
+    """Return step and shift, each [T, groups]."""
+    step, shift = prepared.affine[:, : prepared.tokens].unbind(-1)
+    return step.t(), shift.t()
 
 
 def grouped(x: Tensor, group: int) -> Tensor:
@@ -57,9 +57,9 @@ def grouped(x: Tensor, group: int) -> Tensor:
 def check(x: Tensor, group: int, activation: Activation) -> None:
     """Check all that holds of finite activations."""
     prepared, wanted = prepare(x, group, activation), grouped(x, group)
-    xi, (step, total) = integers(prepared), facts(prepared)
+    xi, (step, shift) = integers(prepared), facts(prepared)
     largest = wanted.abs().amax(-1)
-    assert torch.equal(total, (xi.sum(-1).float() * step)), "the total is that of the integers, not of the activations"
+    assert torch.equal(shift, -(xi.sum(-1).float() * step)), "the sum is that of the integers, not of the activations"
     if activation is A16:
         assert torch.equal(torch.exp2(step.log2().round()), step), "a power of two"
         assert xi.abs().max() <= LARGEST
@@ -124,11 +124,11 @@ def test_a_group_that_is_not_finite_has_no_step(bad: float, activation: Activati
     clean = prepare(x, 32, activation)
     x[1, 40] = bad
     prepared = prepare(x, 32, activation)
-    step, total = facts(prepared)
+    step, shift = facts(prepared)
     poisoned = torch.zeros(3, 3, dtype=torch.bool)
     poisoned[1, 1] = True
     assert torch.equal(step.isnan(), poisoned)
-    assert torch.equal(total.isnan(), poisoned)
+    assert torch.equal(shift.isnan(), poisoned)
     kept = ~poisoned
     assert torch.equal(integers(prepared)[kept], integers(clean)[kept])
     assert torch.equal(step[kept], facts(clean)[0][kept])

@@ -66,7 +66,7 @@ def test_small_batches_are_exact_on_integers(spec: SliceSpec, data: st.DataObjec
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-@pytest.mark.parametrize("tokens", [3, 10])
+@pytest.mark.parametrize("tokens", [3, 10, 19])
 def test_batches_are_exact_over_several_steps(spec: SliceSpec, tokens: int) -> None:
     case = integer_case(spec, tokens, 3, several_steps(spec), bias=True, seed=tokens)
     assert torch.equal(run(case), case.expected(torch.float32))

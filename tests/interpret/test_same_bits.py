@@ -99,7 +99,7 @@ def test_both_layouts_give_the_same_bits(widths: tuple[int, ...], group: int) ->
 
 @pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("spec", [*SOME_SPECS, SliceSpec((1,) * 5, 128, BIT)], ids=spec_id)
-def test_a_kernel_for_many_tokens_gives_one_the_same_bits(spec: SliceSpec, activation: Activation) -> None:
+def test_every_tile_gives_one_token_the_same_bits(spec: SliceSpec, activation: Activation) -> None:
     case = many(spec, 1, n=18)
     quantizer = prepare_kernel(spec, case.x.shape[-1], TARGET, activation, route=False, quantize=True)
     prepared = launch.prepare(quantizer, case.x, counts=case.counts)
@@ -109,10 +109,11 @@ def test_a_kernel_for_many_tokens_gives_one_the_same_bits(spec: SliceSpec, activ
     for count in (1, spec.num_slices):
         case.counts.fill_(count)
         wanted = run(case, activation)
-        for tokens in (1, 8):
-            kernel = cache.load(replace(shipped, block_m=tokens))
+        # 8, 4 and 2 warps share the chains of a row, which have 1, 2 and 4 each.
+        for tokens, rows in ((1, 16), (8, 16), (8, 32), (8, 64), (32, 64)):
+            kernel = cache.load(replace(shipped, block_m=tokens, block_n=rows))
             found = launch.multiply(kernel, wiring.with_counts(prepared, case.counts), [weight])[0]
-            assert torch.equal(found, wanted), f"{count} slices by a kernel for {tokens} tokens"
+            assert torch.equal(found, wanted), f"{count} slices by a kernel for {tokens} tokens and {rows} rows"
 
 
 def test_the_order_of_sums_is_that_of_chains() -> None:
@@ -135,5 +136,5 @@ def test_the_order_of_sums_is_that_of_chains() -> None:
                 # The interpreter rounds the product first, devices do not (`tests/gpu`).
                 chains[pair % 8] = case.scale[:, group] * inner + chains[pair % 8]
     c = chains
-    wanted = (((c[0] + c[1]) + c[2]) + c[3]) + (((c[4] + c[5]) + c[6]) + c[7])
+    wanted = ((c[0] + c[1]) + (c[2] + c[3])) + ((c[4] + c[5]) + (c[6] + c[7]))
     assert torch.equal(run(case)[0], wanted)

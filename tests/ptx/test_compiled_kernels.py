@@ -32,6 +32,9 @@ KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
     "one_token_siblings": (MMA, ONE, {"parts": 3}),
     "many_tokens": (MMA, MANY, {}),
     "many_tokens_siblings": (MMA, MANY, {"parts": 4, "has_bias": True}),
+    "two_blocks": (MMA, TokenClass.SOME, {}),
+    "sixteen_warps": (MMA, TokenClass.MANY, {"has_bias": True}),
+    "chains_in_turn": (MMA, TokenClass.BATCH, {}),
 }
 WORDS = re.compile(r"ld\.global\.nc\.L1::no_allocate\.(?:v(\d)\.)?b32")  # what reads weights, once
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
@@ -88,13 +91,13 @@ def test_kernels_overlap_where_devices_can_and_read_nothing_before_their_turn(na
     before, after = ptx.split("griddepcontrol.wait")
     assert not re.search(r"\b(ld|st|red|atom)\.global", before), "the kernel before may still be writing"
     assert "ld.global" in after
-    assert ("prefetch.global.L2" in before) == spec.prefetch
+    assert ("prefetch.global.L2" in before) == bool(spec.prefetch)
     assert "prefetch." not in after
 
 
 def test_without_overlap_nothing_waits() -> None:
     for name in ("route_and_quantize", "one_token"):
-        spec = replace(chosen(name), overlap=False, prefetch=False)
+        spec = replace(chosen(name), overlap=False, prefetch=0)
         assert "griddepcontrol" not in ptx_of(spec)
         assert "launch_pdl" not in kernels.options(spec)
     assert kernels.options(chosen("one_token"))["launch_pdl"] is True
@@ -181,11 +184,11 @@ def test_other_widths_layouts_and_dtypes_compile(weight: SliceSpec, dtypes: Dtyp
     [
         ("route", "NUM_SLICES", 9, "a code has 1 to 8 slices"),
         ("quantize", "ACTIVATION", "a4", "activations have 16 or 8 bits"),
-        ("quantize", "BLOCK_W", 1 << 16, "whole groups, at most 32768 columns a step"),
+        ("quantize", "BLOCK_W", 32, "a program quantizes whole groups"),
         ("one_token", "GROUP", 48, "a group has 32, 64 or 128 columns"),
         ("one_token", "LAYOUT", "by_byte", "slices are packed whole or by plane"),
         ("one_token_siblings", "PARTS", 5, "one launch serves 1 to 4 weights"),
-        ("many_tokens", "BLOCK_M", 3, "a program has one token, or eight"),
+        ("many_tokens", "BLOCK_M", 4, "a program has one token, or blocks of eight"),
         ("many_tokens", "K_PADDED", 100, "columns are padded to whole groups"),
     ],
 )
@@ -213,16 +216,17 @@ def test_an_illegal_constexpr_is_refused_by_the_template_itself(
 
 @pytest.mark.parametrize("weight", [SliceSpec((2, 2), 128), SliceSpec((1, 2, 1), 64, Layout.BIT_MAJOR)], ids=spec_id)
 def test_contraction_is_only_where_it_is_written(weight: SliceSpec) -> None:
-    """Bodies for different counts round alike: their float fma are the three of each `add_group`, and no others."""
+    """Bodies for different counts round alike: no float fma but those of `add_group` and `grid_at`."""
     for tokens in (ONE, MANY):
         for activation in Activation:
             spec = multiply_spec(weight, tokens, activation=activation)
             assert kernels.options(spec)["enable_fp_fusion"] is False
             ptx = ptx_of(spec)
-            groups = 2 if tokens is ONE and shares_runs(weight) else 1  # that one tile of sums is the product of
-            halves = 2 if activation is Activation.A16 else 1
-            tiles = ptx.count(MULTIPLY) // (groups * weight.group // 32 * halves)
-            assert ptx.count("fma.rn.f32") == tiles * 4 * 3, "a tile is four sums a lane"
+            alike, mixed = weight.num_slices, weight.num_slices - 1 if tokens is MANY else 0  # bodies of the kernel
+            sums = 4 if tokens is ONE and shares_runs(weight) else 8  # a lane's additions to them in a pair of groups
+            assert len(re.findall(r"cvt\.rn\.f32\.s32", ptx)) == (alike + mixed) * sums
+            grids = 4 * (alike - 1) + 8 * mixed  # of two rows and groups, and of two tokens; one slice has the base's
+            assert ptx.count("fma.rn.f32") == 2 * (alike + mixed) * sums + grids
             assert "fma.rn.ftz" not in ptx
 
 

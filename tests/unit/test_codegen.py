@@ -105,9 +105,11 @@ def test_waiting_is_for_kernels_that_overlap() -> None:
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        (MMA, {"block_m": 16}, "a program has one token, or eight"),
-        (MMA, {"block_n": 64}, "a program has 16 output rows"),
-        (FIRST, {"block_w": 64}, "whole groups, at most 32768 columns a step"),
+        (MMA, {"block_m": 4}, "a program has one token, or blocks of eight"),
+        (MMA, {"block_n": 8}, "a warp has 16 rows"),
+        (MMA, {"block_n": 16, "num_warps": 16}, "2 to 8 warps share 16 rows"),
+        (MMA, {"block_n": 128, "num_warps": 8}, "2 to 8 warps share 16 rows"),
+        (FIRST, {"block_w": 64}, "a program quantizes whole groups"),
         (DEQUANTIZE, {"block_w": 64}, "a run has whole groups"),
     ],
 )
@@ -117,7 +119,7 @@ def test_a_static_assert_that_fails_is_an_error_of_ours(family: Family, change: 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("block_n", 3), ("num_warps", 0), ("num_stages", 0), ("k", 100), ("parts", 0), ("parts", 5)]
+    ("name", "value"), [("block_n", 3), ("num_warps", 0), ("block_r", 3), ("k", 100), ("parts", 0), ("parts", 5)]
 )
 def test_a_spec_that_cannot_be_is_refused(name: str, value: int) -> None:
     with pytest.raises(BadKernelSpec, match=f"kernel sliced_mma: {name} got {value}"):
@@ -193,12 +195,13 @@ def test_token_classes_cover_all_numbers(tokens: int) -> None:
 
 @pytest.mark.parametrize("k", [32, 100, 576, 1536, 4096, 11008, 40000])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_steps_hold_whole_groups_and_few_columns_too_many(k: int, group: int) -> None:
+def test_programs_quantize_whole_groups_and_few_columns_too_many(k: int, group: int) -> None:
     spec = kernel_spec(FIRST, SliceSpec(group=group), k, TokenClass.ONE, H100)
     assert spec.block_w % group == 0
-    assert spec.block_w < 2 * spec.k
-    assert spec.block_w >= min(spec.k, 32768), "all of a token at once, while registers hold it"
-    assert 4 <= spec.num_warps <= 32
+    assert spec.block_w <= max(group, 256 * spec.num_warps), "16 bytes of bfloat16 a thread"
+    for block in (spec.block_w, spec.block_r):
+        assert block < 2 * spec.k
+    assert spec.padded == (spec.k != k), "masks only where columns are missing"
     for family in Family:
         assert kernel_spec(family, SliceSpec(group=group), k, TokenClass.MANY, H100).k == SliceSpec(group=group).padded(
             k
@@ -210,7 +213,7 @@ def test_every_number_of_tokens_on_the_integer_path_has_one_kernel() -> None:
     for tokens in range(1, 2 * PREFILL_TOKENS):
         spec = spec_of(MMA, tokens=tokens)
         assert spec == spec_of(MMA, tokens=TokenClass.of(tokens).sample)
-        assert spec.block_m == (1 if tokens == 1 else 8)
+        assert spec.block_m == min(n for n in (1, 8, 16, 32) if n >= min(tokens, 32))
 
 
 def test_what_does_not_concern_a_family_does_not_make_another_kernel() -> None:
@@ -225,7 +228,7 @@ def test_what_does_not_concern_a_family_does_not_make_another_kernel() -> None:
 def test_the_interpreter_gets_kernels_without_devices_options() -> None:
     spec = spec_of(MMA, emulate=True)
     assert spec.emulate
-    assert [spec.overlap, spec.prefetch, spec.max_registers] == [False, False, 0]
+    assert [spec.overlap, spec.prefetch, spec.max_registers] == [False, 0, 0]
     assert cache.options(spec) == {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -233,7 +236,7 @@ def test_options_follow_the_spec() -> None:
     spec = replace(spec_of(MMA), num_warps=8, max_registers=96, overlap=True)
     assert cache.options(spec) == {
         "num_warps": 8,
-        "num_stages": spec.num_stages,
+        "num_stages": 1,
         "enable_fp_fusion": False,
         "maxnreg": 96,
         "launch_pdl": True,
@@ -297,10 +300,11 @@ def test_names_differ_where_specs_differ() -> None:
         "block_m": 32,
         "block_n": 32,
         "block_w": 256,
+        "block_r": 64,
         "num_warps": 2,
-        "num_stages": 5,
+        "padded": True,
         "overlap": not spec.overlap,
-        "prefetch": not spec.prefetch,
+        "prefetch": 32,
         "max_registers": 99,
         "sorted_rows": True,
         "emulate": True,

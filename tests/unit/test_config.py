@@ -162,7 +162,7 @@ def test_spec_sizes():
     assert SliceSpec((2,), 32, "bit_major").layout is Layout.BIT_MAJOR
 
 
-@pytest.mark.parametrize("change", [{"k": 100}, {"block_n": 3}, {"num_warps": 0}, {"num_stages": 0}, {"parts": 5}])
+@pytest.mark.parametrize("change", [{"k": 100}, {"block_n": 3}, {"num_warps": 0}, {"block_r": 3}, {"parts": 5}])
 def test_impossible_kernels_are_refused(change):
     fields = {"family": Family.SLICED_MMA, "widths": (2, 2), "group": 64, "layout": Layout.SLICE_MAJOR, "k": 128}
     name = next(iter(change))

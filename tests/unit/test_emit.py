@@ -157,7 +157,7 @@ class TestModel:
         assert {spec.family for spec, *_ in uncompiled} == set(Family)
         products = [spec for spec, *_ in uncompiled if spec.family is Family.SLICED_MMA]
         assert {spec.parts for spec in products} == {1, 2, 3}
-        assert {spec.block_m for spec in products} == {1, 8}
+        assert {spec.block_m for spec in products} == {1, 8, 16, 32}
         assert {dtypes.x for _, _, dtypes in uncompiled} == {"fp32"}
 
     def test_a_plain_model_is_sliced_as_the_backend_would(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,14 +61,17 @@ def test_quantized_tokens_have_memory_for_whole_blocks(tokens: int, activation: 
         assert part.data_ptr() % 16 == 0
 
 
-def test_a_program_a_token_and_what_it_reads() -> None:
+@pytest.mark.parametrize(("columns", "programs"), [(None, 2), (64, 3), (32, 4)])
+def test_programs_route_a_token_or_quantize_some_columns(columns: int | None, programs: int) -> None:
     first = kernel(Family.ROUTE_QUANTIZE)
+    if columns:
+        first.spec = replace(first.spec, block_w=columns)
     router, thresholds = (torch.ones(K), torch.ones(1)), torch.zeros(1)
     hist, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(7, dtype=torch.int32)
     x = torch.randn(3, 2 * K)[:, ::2]
     found = launch.prepare(first, x.view(3, 1, K), router, thresholds, hist, mask)
     ((grid, arguments),) = first.launches
-    assert grid == (3,)
+    assert grid == (3, programs), "one routes"
     assert (arguments["tokens"], arguments["columns"], arguments["capacity"]) == (3, K, 7)
     assert torch.equal(arguments["x_ptr"], x)
     assert arguments["x_ptr"].is_contiguous()
@@ -84,7 +88,10 @@ def test_routing_alone_takes_no_memory_for_activations() -> None:
     assert found.counts.shape == (5,)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "grid"), [(1, (40,), (1, 3)), (9, (16, 17, 1), (2, 4)), (64, (5,), (8, 1))])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "grid"),
+    [(1, (40,), (1, 3)), (9, (16, 17, 1), (1, 4)), (17, (33, 1), (1, 3)), (65, (5,), (3, 1))],
+)
 def test_a_program_for_each_block_of_tokens_and_of_rows(
     tokens: int, rows: tuple[int, ...], grid: tuple[int, int]
 ) -> None:

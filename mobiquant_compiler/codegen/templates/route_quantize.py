@@ -33,28 +33,105 @@ def fixed_point(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def choose(
-    error, token, gain_ptr, thresholds_ptr, hist_ptr, mask_ptr, counts_ptr, tokens, capacity, NUM_SLICES: tl.constexpr
-):
+def choose(error, token, limits, masked, hist_ptr, mask_ptr, counts_ptr, NUM_SLICES: tl.constexpr):
     """Turn a token's predicted error into its slice count, and count it unless it is padding."""
     used = error == error
     count = 1
     for index in tl.static_range(NUM_SLICES - 1):
         # Nested: a slice is used only where the one before it is. NaN compares false and leaves the base slice.
-        used = used & (error * tl.load(gain_ptr + index) >= tl.load(thresholds_ptr + index))
+        used = used & (error * limits[2 * index] >= limits[2 * index + 1])
         count += used.to(tl.int32)
     tl.store(counts_ptr + token, count)
-    # The mask speaks only for calls of as many tokens as it describes; others are counted whole.
-    masked = (tl.load(mask_ptr) == tokens) & (tokens < capacity)
     real = tl.load(mask_ptr + 1 + token, mask=masked, other=1)
     tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=real != 0, sem="relaxed")
 
 
-# One variant for every call: alignment or a token count of 1 or 16 must not compile anew inside a graph capture.
+@triton.jit
+def route_token(
+    x_ptr,
+    energy_ptr,
+    gain_ptr,
+    thresholds_ptr,
+    hist_ptr,
+    mask_ptr,
+    counts_ptr,
+    token,
+    tokens,
+    columns,
+    capacity,
+    NUM_SLICES: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Predict the error of one token and choose its slice count."""
+    # What does not depend on the token's columns is asked for first, so that nothing waits for it after the sum.
+    limits = ()
+    for index in tl.static_range(NUM_SLICES - 1):
+        limits = limits + (tl.load(gain_ptr + index), tl.load(thresholds_ptr + index))
+    # The mask speaks only for calls of as many tokens as it describes; others are counted whole.
+    masked = (tl.load(mask_ptr) == tokens) & (tokens < capacity)
+    errors = tl.zeros([BLOCK_R], tl.float32)
+    for start in tl.static_range(0, K_PADDED, BLOCK_R):
+        offs_k = start + tl.arange(0, BLOCK_R)
+        inside = offs_k < K_PADDED
+        if PADDED:
+            inside = offs_k < columns
+        x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+        errors += x * x * tl.load(energy_ptr + offs_k, mask=inside, other=0.0)
+    choose(
+        error=tl.sum(errors, axis=0),
+        token=token,
+        limits=limits,
+        masked=masked,
+        hist_ptr=hist_ptr,
+        mask_ptr=mask_ptr,
+        counts_ptr=counts_ptr,
+        NUM_SLICES=NUM_SLICES,
+    )
+
+
+@triton.jit
+def quantize_columns(
+    x_ptr,
+    high_ptr,
+    low_ptr,
+    affine_ptr,
+    first_group,
+    token,
+    tokens,
+    columns,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Write BLOCK_W columns of one token in fixed point."""
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    blocks = tl.cdiv(tokens, 8)
+    offs_g = first_group + tl.arange(0, BLOCK_W // GROUP)
+    in_g = offs_g < GROUPS
+    offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = in_g[:, None]
+    if PADDED:
+        inside = offs_k < columns
+    xi, step = fixed_point(x=tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION=ACTIVATION)
+    places = activations.activation_places(offs_g, token, blocks, GROUP)
+    high = xi
+    if ACTIVATION == "a16":
+        high = (xi + 128) >> 8
+        tl.store(low_ptr + places, activations.words_of_bytes(xi, GROUP), mask=in_g[:, None, None, None])
+    tl.store(high_ptr + places, activations.words_of_bytes(high, GROUP), mask=in_g[:, None, None, None])
+    facts = affine_ptr + (offs_g.to(tl.int64) * blocks * 8 + token) * 2
+    both = tl.join(step, (-tl.sum(xi, axis=1)).to(tl.float32) * step)
+    tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
+
+
+# One variant for every call: a token count of 1 or 16 must not compile anew inside a graph capture. Launches see to it
+# that what is specialised, pointers to columns, is always aligned.
 @triton.jit(
     do_not_specialize=(
-        "x_ptr",
-        "energy_ptr",
         "gain_ptr",
         "thresholds_ptr",
         "hist_ptr",
@@ -85,15 +162,21 @@ def route_quantize(
     ACTIVATION: tl.constexpr,
     ROUTE: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PADDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
+    The first program of a token routes, each other one quantizes BLOCK_W of its columns.
+
     Shapes: x [T, columns]; energy [columns] and gain [E - 1] float32; thresholds float32 [E - 1]; hist int64 [E]; mask
-        int32 [capacity], first the number of tokens it describes; counts int32 [T], written; high, low int8 and affine
-        float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, step times the sum of the integers), written in the
-        order of `activations.activation_places`. Grid: (T,). Columns from `columns` on are written as zero.
+        int32 [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes
+        and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers),
+        written in the order of `activations.activation_places`. Grid: (T, programs of a token), the latter one with
+        ROUTE and K_PADDED / BLOCK_W, rounded up, with QUANTIZE.
+        With PADDED, columns from `columns` on are written as zero; without, there are none.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`. Scores in float32; the order of
         their sum over columns differs from the reference's.
     Source: design section 5 and 7; `reference.energy_scores`, `reference.record`.
@@ -101,47 +184,52 @@ def route_quantize(
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
-    tl.static_assert(BLOCK_W % GROUP == 0 and BLOCK_W <= 32768, "whole groups, at most 32768 columns a step")
+    tl.static_assert(BLOCK_W % GROUP == 0, "a program quantizes whole groups")
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
-    GROUPS: tl.constexpr = K_PADDED // GROUP
-    BLOCK_G: tl.constexpr = BLOCK_W // GROUP
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
 
     token = tl.program_id(0)
-    x_ptr += token.to(tl.int64) * columns
-    blocks = tl.cdiv(tokens, 8)
-    error = 0.0
-    for start in tl.static_range(0, K_PADDED, BLOCK_W):
-        offs_g = start // GROUP + tl.arange(0, BLOCK_G)
-        offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        x = tl.load(x_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)
-        if ROUTE:
-            energy = tl.load(energy_ptr + offs_k, mask=offs_k < columns, other=0.0)
-            error += tl.sum(x * x * energy)
-        if QUANTIZE:
-            in_g = offs_g < GROUPS
-            xi, step = fixed_point(x=x, ACTIVATION=ACTIVATION)
-            places = activations.activation_places(offs_g, token, blocks, GROUP)
-            high = xi
-            if ACTIVATION == "a16":
-                high = (xi + 128) >> 8
-                tl.store(low_ptr + places, (xi - (high << 8)).to(tl.int8), mask=in_g[:, None])
-            tl.store(high_ptr + places, high.to(tl.int8), mask=in_g[:, None])
-            facts = affine_ptr + (offs_g * blocks * 8 + token) * 2
-            tl.store(facts, step, mask=in_g)
-            tl.store(facts + 1, tl.sum(xi, axis=1).to(tl.float32) * step, mask=in_g)
+    part = tl.program_id(1)
+    if PADDED:
+        x_ptr += token.to(tl.int64) * columns
+    else:
+        x_ptr += token.to(tl.int64) * K_PADDED
     if ROUTE:
-        choose(
-            error=error,
-            token=token,
-            gain_ptr=gain_ptr,
-            thresholds_ptr=thresholds_ptr,
-            hist_ptr=hist_ptr,
-            mask_ptr=mask_ptr,
-            counts_ptr=counts_ptr,
-            tokens=tokens,
-            capacity=capacity,
-            NUM_SLICES=NUM_SLICES,
-        )
+        if part == 0:
+            route_token(
+                x_ptr=x_ptr,
+                energy_ptr=energy_ptr,
+                gain_ptr=gain_ptr,
+                thresholds_ptr=thresholds_ptr,
+                hist_ptr=hist_ptr,
+                mask_ptr=mask_ptr,
+                counts_ptr=counts_ptr,
+                token=token,
+                tokens=tokens,
+                columns=columns,
+                capacity=capacity,
+                NUM_SLICES=NUM_SLICES,
+                K_PADDED=K_PADDED,
+                BLOCK_R=BLOCK_R,
+                PADDED=PADDED,
+            )
+        part -= 1
+    if QUANTIZE:  # noqa: SIM102  (known when the kernel is made, unlike the next)
+        if part >= 0:
+            quantize_columns(
+                x_ptr=x_ptr,
+                high_ptr=high_ptr,
+                low_ptr=low_ptr,
+                affine_ptr=affine_ptr,
+                first_group=part * (BLOCK_W // GROUP),
+                token=token,
+                tokens=tokens,
+                columns=columns,
+                GROUP=GROUP,
+                K_PADDED=K_PADDED,
+                ACTIVATION=ACTIVATION,
+                BLOCK_W=BLOCK_W,
+                PADDED=PADDED,
+            )

@@ -4,56 +4,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, fragments, products
+from mobiquant_compiler.codegen import device, tiles
 
 
 @triton.jit
-def store_tile(sums, y_ptr, bias_ptr, program_row, block, tokens, n_rows, HAS_BIAS: tl.constexpr, ONE: tl.constexpr):
-    """Sum the eight chains, add the bias, and write the tile's rows of the output."""
-    SIDES: tl.constexpr = 1 if ONE else 2
-    place = tl.arange(0, 64 * SIDES)
-    lane = place // (2 * SIDES)
-    row = program_row + (place % 2) * 8 + lane // 4
-    token = block * 8 + 2 * (lane % 4) + (place // 2) % SIDES
-    if ONE:
-        halves = tl.join(sums[0], sums[1])
-    else:
-        halves = tl.permute(tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3])), (0, 2, 1))
-    y = fragments.sum_in_order(tl.reshape(halves, [8, 64 * SIDES]))
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
-    offs = token.to(tl.int64) * n_rows + row
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=(row < n_rows) & (token < tokens))
-
-
-@triton.jit
-def counts_of_block(counts_ptr, block, t, tokens, NUM_SLICES: tl.constexpr):
-    """Return counts of tokens 2 t and 2 t + 1 of a block of eight, a word with a bit a count, and the largest."""
-    offs = block * 8 + tl.arange(0, 8)
-    counts = tl.minimum(tl.maximum(tl.load(counts_ptr + offs, mask=offs < tokens, other=1), 1), NUM_SLICES)
-    present = 0
-    for count in tl.static_range(1, NUM_SLICES + 1):
-        here = (offs < tokens) & (counts == count)
-        present = present | (tl.max(here.to(tl.int32), axis=0) << count)
-    token = block * 8 + 2 * t
-    even = tl.load(counts_ptr + token, mask=token < tokens, other=1)
-    odd = tl.load(counts_ptr + token + 1, mask=token + 1 < tokens, other=1)
-    used = (tl.minimum(tl.maximum(even, 1), NUM_SLICES), tl.minimum(tl.maximum(odd, 1), NUM_SLICES))
-    return used, present, tl.max(counts, axis=0)
-
-
-@triton.jit
-def counts_of_program(counts_ptr, block, tid, tokens, BLOCK_M: tl.constexpr, NUM_SLICES: tl.constexpr):
-    """Return what `counts_of_block` does; of one token, it alone."""
+def counts_between(counts_ptr, tokens, BLOCK_M: tl.constexpr, NUM_SLICES: tl.constexpr):
+    """Return the largest and the least count of the program's tokens."""
     if BLOCK_M == 1:
         most = tl.minimum(tl.maximum(tl.load(counts_ptr), 1), NUM_SLICES)
-        present = 1 << most
-        used = (tl.zeros_like(tid) + most, tl.zeros_like(tid) + most)
+        least = most
     else:
-        used, present, most = counts_of_block(
-            counts_ptr=counts_ptr, block=block, t=tid % 4, tokens=tokens, NUM_SLICES=NUM_SLICES
-        )
-    return used, present, most
+        offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        counts = tl.minimum(tl.maximum(tl.load(counts_ptr + offs, mask=offs < tokens, other=1), 1), NUM_SLICES)
+        most = tl.max(counts, axis=0)
+        least = tl.min(tl.where(offs < tokens, counts, NUM_SLICES), axis=0)
+    return most, least
 
 
 @triton.jit
@@ -133,19 +98,21 @@ def sliced_mma(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
-    A program of eight warps multiplies BLOCK_M tokens by 16 rows; it reads slices up to the largest count among them.
+    A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
+    16 rows, all tokens, and its share of the eight chains; warps of other rows meet the same activations in L1.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
-        written. Grid: (T / BLOCK_M, sum of N_i / 16), each rounded up: programs of the same rows run together.
+        written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together.
     Numerics: dot products of a group are exact int32; groups are summed in float32 in an order that depends on the
-        number of columns only (`codegen/products.py`): a token's result is the same bits alone and in any batch.
+        number of columns only (`codegen/chains.py`): a token's result is the same bits alone and in any batch.
     Source: design section 7, integer slices; codes of several slices are one integer, design section 3.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
@@ -153,14 +120,14 @@ def sliced_mma(
     tl.static_assert(LAYOUT == "slice_major" or LAYOUT == "bit_major", "slices are packed whole or by plane")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
     tl.static_assert(PARTS >= 1 and PARTS <= 4, "one launch serves 1 to 4 weights")
-    tl.static_assert(BLOCK_M == 1 or BLOCK_M == 8, "a program has one token, or eight")
-    tl.static_assert(BLOCK_N == 16, "a program has 16 output rows")
+    tl.static_assert(BLOCK_M == 1 or BLOCK_M % 8 == 0, "a program has one token, or blocks of eight")
+    tl.static_assert(BLOCK_N % 16 == 0, "a warp has 16 rows")
+    tl.static_assert(NUM_WARPS * 16 <= 8 * BLOCK_N and NUM_WARPS * 16 >= 2 * BLOCK_N, "2 to 8 warps share 16 rows")
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
     # One token needs no share of words between lanes where a quad's lanes can multiply two groups at once.
     ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
-
     part, rows_block = which_part(
         block=tl.program_id(1), n_rows=n_rows, n1_rows=n1_rows, n2_rows=n2_rows, PARTS=PARTS, BLOCK_N=BLOCK_N
     )
@@ -172,41 +139,42 @@ def sliced_mma(
     if HAS_BIAS:
         bias_ptr = of_part(part=part, p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
 
-    tid = tl.arange(0, 256)
+    tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
-    block = tl.program_id(0)
     if OVERLAP:
         # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
         gdc_launch_dependents()
-        if PREFETCH:
-            device.prefetch_base(slices_ptr, program_row, tid, n_rows, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, EMULATE)
+        if PREFETCH > 0:
+            device.prefetch_base(
+                slices_ptr, program_row, tid, n_rows, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
+            )
         gdc_wait()
 
-    used, present, most = counts_of_program(
-        counts_ptr=counts_ptr, block=block, tid=tid, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES
-    )
-    tile = (tid, program_row + (tid % 32) // 4, block, used, present, most, tokens, n_rows)
-    operands = ((high_ptr, low_ptr, affine_ptr), (slices_ptr, scale_ptr, zero_ptr), tile)
+    most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
-        for alike in tl.static_range(1 if ONE else 0, 2 if BODIES else 1):
-            # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
+        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
+        for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
             taken = True
             if BODIES:
                 taken = most == count
-            if BODIES and not ONE:
-                taken = taken & ((present == (1 << count)) == (alike == 1))
+            if BODIES and BLOCK_M > 1 and count > 1:
+                taken = taken & ((least == most) == (alike == 1))
             if taken:
-                sums = products.chain_sums(
-                    operands, count, BODIES, ONE, alike == 1, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
-                )
-                store_tile(
-                    sums=sums,
-                    y_ptr=y_ptr,
-                    bias_ptr=bias_ptr,
-                    program_row=program_row,
-                    block=block,
-                    tokens=tokens,
-                    n_rows=n_rows,
-                    HAS_BIAS=HAS_BIAS,
-                    ONE=ONE,
+                tiles.multiply_program(
+                    (high_ptr, low_ptr, affine_ptr),
+                    (slices_ptr, scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else y_ptr),
+                    (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
+                    (BLOCK_M + 7) // 8,
+                    BLOCK_N // 16,
+                    count,
+                    BODIES,
+                    ONE,
+                    alike == 1,
+                    WIDTHS,
+                    GROUP,
+                    LAYOUT,
+                    K_PADDED,
+                    ACTIVATION,
+                    HAS_BIAS,
+                    EMULATE,
                 )

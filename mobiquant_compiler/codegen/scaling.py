@@ -1,0 +1,59 @@
+"""Scales and zero points of groups: how they are read, and how they turn integer products into sums."""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def shrink_at(widths, count):
+    """Return the power of two by which the step of `count` slices is smaller than the base step."""
+    return 1.0 / (1 << sum(widths[1:count]))
+
+
+@triton.jit
+def power_of_minus(power):
+    """Return one over a power of two (float32, not below 2**-126): its exponent with the other sign."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def grid_at(scale, zero, shrink, grow):
+    """Return step and centre of a group's grid where residual slices make its cells smaller by ``shrink = 1 / grow``.
+
+    slices.py's ``s_k = s shrink`` and ``Z_k = z grow + (grow - 1) / 2``; powers of two scale without rounding.
+    """
+    return scale * shrink, tl.fma(zero, grow, 0.5 * grow - 0.5)
+
+
+@triton.jit
+def add_group(acc, dots, grid, step, shift):
+    """Add to acc the share of the output that comes from one group, given its integer dot product.
+
+    For activations ``x = step xi`` and ``shift = -step sum(xi)``, ``s_k (Q_k - Z_k) . x`` is
+    ``s_k (step (Q_k . xi) + shift Z_k)``.
+
+    Numerics: contraction is spelled out here and off elsewhere (`toolchain.FP_FUSION`), so that bodies compiled for
+        different slice counts and batch sizes round alike.
+    Shapes: dots int32, the rest float32, all [THREADS]; grid as `grid_at` gives it.
+    """
+    return tl.fma(grid[0], tl.fma(dots.to(tl.float32), step, shift * grid[1]), acc)
+
+
+@triton.jit
+def load_scales(
+    ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group; two float32 [THREADS]."""
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    at = ptr + row * GROUPS + pair * 2
+    if GROUPS % 2 == 0 and ptr.dtype.element_ty.primitive_bitwidth == 16 and not EMULATE:
+        if CHECKED:
+            both = tl.load(at.to(tl.pointer_type(tl.int32)), mask=pair * 2 < GROUPS, other=0)
+        else:
+            both = tl.load(at.to(tl.pointer_type(tl.int32)))
+        first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+        second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        first = tl.load(at, mask=pair * 2 < GROUPS, other=0.0)
+        second = tl.load(at + 1, mask=pair * 2 + 1 < GROUPS, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)

@@ -1,0 +1,143 @@
+"""A program's tile: blocks of tokens by rows, multiplied by all its warps, summed and written."""
+
+import triton
+import triton.language as tl
+
+from mobiquant_compiler.codegen import chains, fragments, scaling
+
+
+@triton.jit
+def store_block(
+    sums, place, HAS_BIAS: tl.constexpr, ONE: tl.constexpr, ROW_WARPS: tl.constexpr, NUM_WARPS: tl.constexpr
+):
+    """Sum the warps of the same rows, add the bias, and write a block of eight tokens by the program's rows.
+
+    place: pointers to output and bias, first row, number of the block, tokens and rows in all.
+    """
+    y_ptr, bias_ptr, program_row, block, tokens, n_rows = place
+    SIDES: tl.constexpr = 1 if ONE else 2
+    ROWS: tl.constexpr = 16 * ROW_WARPS
+    WARPS: tl.constexpr = NUM_WARPS // ROW_WARPS
+    if ONE:
+        tile = tl.reshape(tl.join(sums[0], sums[1]), [WARPS, ROW_WARPS, 8, 4, 2, 1])
+    else:
+        tile = tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[3]))  # [thread, token of two, row of two]
+        tile = tl.permute(tl.reshape(tile, [WARPS, ROW_WARPS, 8, 4, 2, 2]), (0, 1, 2, 3, 5, 4))
+    # From warp, rows g and g + 8, tokens of lanes and sides to tokens, rows, and what is to be summed.
+    tile = tl.permute(tile, (3, 5, 1, 4, 2, 0))
+    y = fragments.sum_neighbours(tl.reshape(tile, [4 * SIDES * ROWS, WARPS]))
+    offs = tl.arange(0, 4 * SIDES * ROWS)
+    row = program_row + offs % ROWS
+    token = block * 8 + offs // ROWS * (3 - SIDES)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
+    at = token.to(tl.int64) * n_rows + row
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < n_rows) & (token < tokens))
+
+
+@triton.jit
+def shrinks_of(counts_ptr, first_block, t, tokens, SPAN: tl.constexpr, WIDTHS: tl.constexpr):
+    """Return how much smaller than the base step those of a lane's tokens are, two a block; float32 each."""
+    shrinks = ()
+    for place in tl.static_range(2 * SPAN):
+        token = (first_block + place // 2) * 8 + 2 * t + place % 2
+        own = tl.load(counts_ptr + token, mask=token < tokens, other=1)
+        shrink = tl.full(t.shape, 1.0, tl.float32)
+        for count in tl.static_range(2, len(WIDTHS) + 1):
+            shrink = tl.where(own >= count, scaling.shrink_at(WIDTHS, count), shrink)
+        shrinks = shrinks + (shrink,)
+    return shrinks
+
+
+@triton.jit
+def multiply_blocks(
+    acts,
+    weight,
+    tile,
+    first_block,
+    SPAN: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Multiply SPAN blocks of eight tokens by the program's rows and write the result; see `chains.warp_sums`.
+
+    Args: acts are the pointers (high, low, affine), weight those (slices, scale, zero, bias); tile is (pointer to
+        counts, pointer to the output, first row, thread numbers, the largest count, tokens, rows in all).
+    """
+    counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows = tile
+    NUM_WARPS: tl.constexpr = tid.shape[0] // 32
+    CHAINS: tl.constexpr = 8 * ROW_WARPS // NUM_WARPS
+    all_blocks = tl.cdiv(tokens, 8)
+    numbers = ()
+    for block in tl.static_range(SPAN):
+        # Blocks past the last are read as the last, and not written.
+        numbers = numbers + (tl.minimum(first_block + block, all_blocks - 1),)
+    shrinks = ()
+    if not ALIKE:
+        shrinks = shrinks_of(counts_ptr, first_block, tid % 4, tokens, SPAN, WIDTHS)
+    warp = tid // 32
+    row = program_row + warp % ROW_WARPS * 16 + tid % 32 // 4
+    operands = (acts, weight[:3], (tid, row, (numbers, all_blocks), shrinks, most, n_rows))
+    first_chain = warp // ROW_WARPS * CHAINS
+    sums = chains.warp_sums(
+        operands, first_chain, CHAINS, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+    )
+    for block in tl.static_range(SPAN):
+        own = sums
+        if SPAN > 1:
+            own = sums[4 * block : 4 * block + 4]
+        place = (y_ptr, weight[3], program_row, first_block + block, tokens, n_rows)
+        store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS)
+
+
+@triton.jit
+def multiply_program(
+    acts,
+    weight,
+    tile,
+    BLOCKS: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Multiply all BLOCKS blocks of a program: tokens that are ALIKE together, others a few blocks at a time."""
+    SPAN: tl.constexpr = chains.blocks_at_a_time(BLOCKS, ALIKE)
+    for start in tl.range(0, BLOCKS, SPAN):
+        multiply_blocks(
+            acts,
+            weight,
+            tile,
+            tl.program_id(0) * BLOCKS + start,
+            SPAN,
+            ROW_WARPS,
+            COUNT,
+            WHOLE,
+            ONE,
+            ALIKE,
+            WIDTHS,
+            GROUP,
+            LAYOUT,
+            K_PADDED,
+            ACTIVATION,
+            HAS_BIAS,
+            EMULATE,
+        )
