@@ -15,6 +15,8 @@ from mobiquant_compiler.spec import Family, KernelSpec
 
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
+_SHARED = ("activations", "device", "fragments", "operands", "products")  # what templates are made of
+_ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
 
 
@@ -37,6 +39,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "BLOCK_W": spec.block_w,
+        "ROW_UNIT": spec.row_unit,
         "NUM_STAGES": spec.num_stages,
         "EMULATE": spec.emulate,
     }
@@ -59,7 +62,7 @@ def template_digest(family: Family) -> str:
 
 def fingerprint(family: Family) -> str:
     """Return the hash of everything but the spec that an emitted kernel's behaviour depends on."""
-    shared = (_source(_HERE / name) for name in ("activations.py", "device.py", "fragments.py", "products.py"))
+    shared = (_source(_HERE / f"{name}.py") for name in _SHARED)
     texts = [_source(template_path(family)), *shared, toolchain.version()]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
@@ -71,7 +74,7 @@ def specialise(spec: KernelSpec) -> str:
     gone, as are branches that cannot be taken.
 
     Raises:
-        BadKernelSpec: a `tl.static_assert` of the template does not hold.
+        BadKernelSpec: a `static_assert` of the template does not hold.
     """
     path = template_path(spec.family)
     tree = ast.parse(_source(path))
@@ -123,7 +126,7 @@ class _Bind(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         self.generic_visit(node)
         call = node.value
-        if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "tl.static_assert"):
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func) in _ASSERTS):
             return node
         held = _constant(call.args[0])
         if held is None:
