@@ -82,6 +82,39 @@ def dequantize_kernel(spec: SliceSpec, k: int, target: Target, *, sorted_rows: b
     return cache.load(configs.kernel_spec(Family.DEQUANTIZE, spec, k, many, target, sorted_rows=sorted_rows))
 
 
+@cache
+def gather_kernel(spec: SliceSpec, k: int, target: Target) -> Kernel:
+    """Return the kernel that brings tokens of equal slice count together."""
+    from mobiquant_compiler.codegen import cache, configs
+
+    return cache.load(configs.kernel_spec(Family.GATHER_TOKENS, spec, k, configs.TokenClass.MANY, target))
+
+
+@cache
+def fused_kernel(
+    spec: SliceSpec, k: int, target: Target, *, small: bool, row_unit: int = 1, has_bias: bool = False
+) -> Kernel:
+    """Return the kernel that multiplies gathered tokens by weights made in registers."""
+    from mobiquant_compiler.codegen import cache, configs
+
+    return cache.load(configs.wgmma_spec(spec, k, target, small=small, row_unit=row_unit, has_bias=has_bias))
+
+
+def fused_is_small(tokens: int, n: int, slices: int) -> bool:
+    """Say whether a call takes the fused kernel with small tiles."""
+    from mobiquant_compiler.codegen import configs
+
+    return configs.wgmma_is_small(tokens, n, slices)
+
+
+@cache
+def gluon_refusal() -> str | None:
+    """Return why kernels written in Gluon cannot be compiled here, None where they can."""
+    from mobiquant_compiler.codegen import toolchain
+
+    return toolchain.gluon_refusal()
+
+
 @lru_cache(maxsize=64)
 def router_spec(num_slices: int) -> SliceSpec:
     """Return the spec that kernels are made for which only route: they see the number of slices, not their widths."""

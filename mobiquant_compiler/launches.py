@@ -12,11 +12,14 @@ from torch import nn
 from mobiquant_compiler.errors import NotElastic
 from mobiquant_compiler.kernels import router_spec
 from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
+from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.weights import BOUND
 from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Family, KernelSpec, SliceSpec
 
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.configs import Target, TokenClass
+
+FUSED_CC = 90  # of which `runtime.fused` says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def kernels_of(
         launch: The linears.
         target: What they must fit.
         tokens: Classes of token counts.
-        workspace: Whether long calls dequantize weights for a library's GEMM.
+        workspace: Whether there are long calls, which dequantize weights for a library's GEMM or in registers.
         emulate: For the interpreter.
 
     Raises:
@@ -155,4 +158,18 @@ def kernels_of(
     if workspace:
         for sorted_rows in (True, False):
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))
+        found += _fused_kernels(launch, target)
     return list(dict.fromkeys(found))
+
+
+def _fused_kernels(launch: Launch, target: Target) -> Iterator[KernelSpec]:
+    """Yield the kernels that make weights in registers, where there are any for such a launch."""
+    from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec, wgmma_spec
+
+    if target.cc != FUSED_CC or launch.x_dtype not in fused.DTYPES or not fused.takes_slices(launch.spec):
+        return
+    yield kernel_spec(Family.GATHER_TOKENS, launch.spec, launch.k, TokenClass.MANY, target)
+    for unit in fused.row_units(launch.n, launch.parts):
+        for small in (True, False):
+            facts = {"row_unit": unit, "has_bias": launch.bias_dtype is not None}
+            yield wgmma_spec(launch.spec, launch.k, target, small=small, **facts)

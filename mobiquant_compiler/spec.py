@@ -63,6 +63,7 @@ class Path(StrEnum):
     """How a call was done; `runtime.paths` counts them."""
 
     INTEGER = "integer"  # exact integer products per group; no bit depends on the batch
+    FUSED = "fused"  # tokens grouped by count, weights made in registers (sm_90)
     WORKSPACE = "workspace"  # slices dequantized once, then a library's GEMM
     REFERENCE = "reference"  # plain torch: no kernel takes these activations, or this device
 
@@ -152,6 +153,8 @@ class Family(StrEnum):
     ROUTE_QUANTIZE = "route_quantize"
     SLICED_MMA = "sliced_mma"
     DEQUANTIZE = "dequantize"
+    GATHER_TOKENS = "gather_tokens"
+    SLICED_WGMMA = "sliced_wgmma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +172,14 @@ class KernelSpec:
         parts: PARTS, weights that one launch multiplies by.
         route: ROUTE, choose slice counts (route_quantize).
         quantize: QUANTIZE, write activations in fixed point (route_quantize).
-        block_m: BLOCK_M, tokens per tile: 1, or blocks of eight.
+        block_m: BLOCK_M, tokens per tile: 1, blocks of eight, or at most 256 (sliced_wgmma).
         block_n: BLOCK_N, output rows per tile.
-        block_w: BLOCK_W, columns per step.
+        block_w: BLOCK_W, columns per step; tiles of tokens that share their activations in the L2 cache (sliced_wgmma).
         block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
         num_warps: NUM_WARPS, warps per program.
         padded: PADDED, there are fewer than K_PADDED columns of activations (route_quantize).
+        num_stages: NUM_STAGES, of the pipeline of the loop over columns.
+        row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
         prefetch: PREFETCH, columns of the base slice to bring into the L2 cache while waiting for the kernel before.
         max_registers: Registers a thread may use, 0 for as many as the compiler likes.
@@ -198,6 +203,8 @@ class KernelSpec:
     block_r: int = 1
     num_warps: int = 4
     padded: bool = False
+    num_stages: int = 1
+    row_unit: int = 1
     overlap: bool = False
     prefetch: int = 0
     max_registers: int = 0
@@ -208,10 +215,12 @@ class KernelSpec:
         SliceSpec(self.widths, self.group, self.layout)
         if self.k % self.group:
             raise BadKernelSpec(family=self.family, name="k", got=self.k, wanted=f"a multiple of group {self.group}")
-        for name in ("block_m", "block_n", "block_w", "block_r", "num_warps"):
+        for name in ("block_m", "block_n", "block_w", "block_r", "num_warps", "row_unit"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
+        if self.num_stages < 1:
+            raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
         if not 1 <= self.parts <= MAX_SIBLINGS:
             wanted = f"1 to {MAX_SIBLINGS}"
             raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
@@ -225,8 +234,10 @@ class KernelSpec:
         parts = f"_x{self.parts}" if self.parts > 1 else ""
         early = f"_prefetch{self.prefetch}" if self.prefetch else ""
         limit = f"max{self.max_registers}" if self.max_registers else ""
+        limit += f"u{self.row_unit}" if self.row_unit > 1 else ""
+        stages = f"p{self.num_stages}" if self.num_stages > 1 else ""
         scored = f"r{self.block_r}" if self.block_r > 1 else ""
-        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{limit}"
+        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"
         weight = f"s{widths}_g{self.group}_k{self.k}_{self.layout}"
         return f"{self.family}__{weight}_{self.activation}{parts}{marks}{early}_{tile}"
 

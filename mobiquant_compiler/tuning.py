@@ -1,7 +1,8 @@
-"""Measures on the present GPU from how many tokens on the workspace way is faster than the integer path.
+"""Measures on the present GPU from how many tokens on one way of multiplying is faster than another.
 
-The workspace way reads a weight once, whatever the number of tokens, so where it is the faster one it is taken to be so
-for more tokens too: bisection finds the first number, in `COMPARISONS` comparisons a shape.
+The workspace way reads a weight once, whatever the number of tokens, and weights made in registers are made for a tile
+of tokens at a time; integers are unpacked for eight. So where a way is faster than one that repeats more, it is taken
+to be so for more tokens too: bisection finds the first number, in `COMPARISONS` comparisons a pair of ways and shape.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec, choose_group
 
-Timer = Callable[[Path, int, int, int], float]  # (path, tokens, n, k) -> time of a call, in any unit
+Timer = Callable[[Path, int, int, int, Prefill], float]  # (path, tokens, n, k, prefill) -> time of a call, any unit
 Report = Callable[[str, int, int], None]
 
 COMPARISONS = 5  # bisection of one number less than two to this power always takes as many
@@ -60,6 +61,15 @@ def first_faster(faster: Callable[[int], bool], counts: Sequence[int]) -> int:
     return counts[place] if place < len(counts) else NEVER
 
 
+# The columns of a table: (which, faster than which, tokens routed or all alike).
+PAIRS = {
+    "tokens": (Path.WORKSPACE, Path.INTEGER, Prefill.ROUTED),
+    "fused": (Path.FUSED, Path.INTEGER, Prefill.ROUTED),
+    "routed": (Path.WORKSPACE, Path.FUSED, Prefill.ROUTED),
+    "full": (Path.WORKSPACE, Path.FUSED, Prefill.FULL),
+}
+
+
 def tune(shapes: Sequence[tuple[int, int]], timer: Timer, report: Report | None = None) -> tuple[Row, ...]:
     """Return the row of every shape (N, K).
 
@@ -71,20 +81,27 @@ def tune(shapes: Sequence[tuple[int, int]], timer: Timer, report: Report | None 
     Raises:
         CannotTune: a shape does not fit the memory.
     """
-    total, counts, rows = COMPARISONS * len(shapes), token_counts(), []
-    for number, (n, k) in enumerate(shapes):
-        done = number * COMPARISONS
+    total, done = COMPARISONS * len(PAIRS) * len(shapes), 0
 
-        def faster(tokens: int, n: int = n, k: int = k) -> bool:
-            nonlocal done
-            result = timer(Path.WORKSPACE, tokens, n, k) < timer(Path.INTEGER, tokens, n, k)
-            done += 1
-            if report is not None:
-                report("tuning", done, total)
-            return result
+    def row_of(n: int, k: int) -> Row:
+        def first(one: Path, other: Path, prefill: Prefill) -> int:
+            def faster(tokens: int) -> bool:
+                nonlocal done
+                result = timer(one, tokens, n, k, prefill) < timer(other, tokens, n, k, prefill)
+                done += 1
+                if report is not None:
+                    report("tuning", done, total)
+                return result
 
+            found = first_faster(faster, token_counts())
+            return PREFILL_TOKENS + 1 if found == LEAST_TOKENS else found  # nothing less was tried
+
+        return Row(n, k, **{column: first(*pair) for column, pair in PAIRS.items()})
+
+    rows = []
+    for n, k in shapes:
         try:
-            rows.append(Row(n, k, first_faster(faster, counts)))
+            rows.append(row_of(n, k))
         except torch.OutOfMemoryError as error:
             reason = f"shape {n}x{k} does not fit the free memory of the GPU"
             raise CannotTune(reason=reason, wanted="smaller shapes, or a GPU that nothing else uses") from error
@@ -123,21 +140,32 @@ def keep(gpu: str, rows: tuple[Row, ...], output: FilePath | None = None) -> Fil
 
 
 def device_timer(device: torch.device) -> Timer:
-    """Return a timer: the median of calls with random weights and all slice counts, each from cold caches."""
+    """Return a timer: the median of calls with random weights, cold caches; routed tokens have all slice counts."""
     weight = lru_cache(maxsize=1)(lambda n, k: random_weight(n, k, device))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
-    def seconds(path: Path, tokens: int, n: int, k: int) -> float:
+    def seconds(path: Path, tokens: int, n: int, k: int, prefill: Prefill) -> float:
         spec, one = weight(n, k)
         x = torch.randn(tokens, k, dtype=torch.bfloat16, device=device)
-        if path is Path.WORKSPACE and workspace.supports(x, n, k) is not None:
+        if _refusal(path, x, n, k, spec, prefill) is not None:
             return math.inf
         counts = torch.arange(tokens, dtype=torch.int32, device=device) % spec.num_slices + 1
+        if prefill is Prefill.FULL:
+            counts.fill_(spec.num_slices)
         if path is Path.WORKSPACE:
-            return _median(lambda: wiring.by_workspace(x, counts, [one], spec, Prefill.ROUTED), flush)
+            return _median(lambda: wiring.by_workspace(x, counts, [one], spec, prefill), flush)
+        if path is Path.FUSED:
+            return _median(lambda: wiring.by_fused(x, counts, [one], spec), flush)
         return _median(lambda: wiring.by_integers(x, counts, [one], spec, Activation.A16), flush)
 
     return seconds
+
+
+def _refusal(path: Path, x: Tensor, n: int, k: int, spec: SliceSpec, prefill: Prefill) -> str | None:
+    """Return why a call cannot go that way, None where it can."""
+    if path is Path.FUSED:
+        return wiring.fused_refusal(x, spec)
+    return workspace.supports(x, n, k) if path is Path.WORKSPACE and prefill is Prefill.ROUTED else None
 
 
 def random_weight(n: int, k: int, device: torch.device) -> tuple[SliceSpec, Weight]:

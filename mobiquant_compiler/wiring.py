@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler import ops, reference
-from mobiquant_compiler.kernels import dequantize_kernel, multiply_kernel, prepare_kernel, router_spec, target_of
-from mobiquant_compiler.runtime import launch, paths
+from mobiquant_compiler.kernels import (
+    dequantize_kernel,
+    fused_is_small,
+    fused_kernel,
+    gather_kernel,
+    gluon_refusal,
+    multiply_kernel,
+    prepare_kernel,
+    router_spec,
+    target_of,
+)
+from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
@@ -135,11 +145,18 @@ def path_of(x: Tensor, n: int, spec: SliceSpec, prefill: Prefill) -> Path:
     tokens, k = launch.token_count(x), x.shape[-1]
     if tokens <= PREFILL_TOKENS or prefill is Prefill.EXACT:
         return Path.INTEGER
-    if prefill is Prefill.FULL:
+    full, in_registers = prefill is Prefill.FULL, fused_refusal(x, spec) is None
+    if full and not in_registers:
         return Path.WORKSPACE if x.is_cuda else Path.INTEGER
-    if workspace.supports(x, n, k) is not None:
+    grouped = full or workspace.supports(x, n, k) is None
+    if not (in_registers or grouped):
         return Path.INTEGER
-    return _crossover(x.device).path(tokens, n, k)
+    return _crossover(x.device).path(tokens, n, k, full=full, fused=in_registers, workspace=grouped)
+
+
+def fused_refusal(x: Tensor, spec: SliceSpec) -> str | None:
+    """Return why weights like these cannot be made in registers for activations like `x`, None where they can."""
+    return fused.supports(x, spec) or gluon_refusal()
 
 
 def routed_linears(
@@ -164,6 +181,8 @@ def routed_linears(
         return reference.routed_linears(x, counts, slices, scale, zero, bias, spec)
     if path is Path.WORKSPACE:
         return by_workspace(x, counts, weights, spec, prefill)
+    if path is Path.FUSED:
+        return by_fused(x, counts, weights, spec)
     return by_integers(x, counts, weights, spec, activation)
 
 
@@ -184,6 +203,17 @@ def by_workspace(
     if full:  # all tokens have one count: nothing has to be sorted
         return [workspace.uniform_linear(kernel, x, counts, w.slices, w.scale, w.zero, w.bias) for w in weights]
     return workspace.workspace_linears(kernel, x, counts, weights)
+
+
+def by_fused(x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> list[Tensor]:
+    """Multiply tokens of given slice counts by weights that are made in registers; returns [..., N] a weight."""
+    k, target = x.shape[-1], target_of(x.device)
+
+    def kernel_of(weight: Weight, tokens: int) -> Kernel:
+        facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
+        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, spec.num_slices), **facts)
+
+    return fused.fused_linears(gather_kernel(spec, k, target), kernel_of, x, counts, weights)
 
 
 def routed_linear(
@@ -321,7 +351,21 @@ def _warm_call(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, ac
     ways += [Prefill.ROUTED] if workspace.supports(x, n, x.shape[-1]) is None else []
     for prefill in ways:
         by_workspace(x, counts, weights, spec, prefill)
-    return 4 + len(ways)
+    return 4 + len(ways) + (_warm_fused(weights, x, counts, spec, n) if fused_refusal(x, spec) is None else 0)
+
+
+def _warm_fused(weights: Sequence[Weight], x: Tensor, counts: Tensor, spec: SliceSpec, n: int) -> int:
+    """Run the kernels that make weights in registers, of both tiles; returns how many."""
+    k, target, units = x.shape[-1], target_of(x.device), fused.row_units(n, len(weights))
+    tokens = fused.gather(gather_kernel(spec, k, target), x, counts)
+    for unit in units:
+        slices = torch.zeros(spec.packed_shape(unit, k), dtype=torch.int32, device=x.device)
+        scale = weights[0].scale.expand(unit, -1)
+        bias = None if weights[0].bias is None else weights[0].bias.expand(unit)
+        for small in (True, False):
+            kernel = fused_kernel(spec, k, target, small=small, row_unit=unit, has_bias=bias is not None)
+            fused.multiply(kernel, tokens, Weight(slices, scale, scale, bias))
+    return 1 + 2 * len(units)
 
 
 def _counts_as_given(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ def integer_path(device: str) -> list[str]:
 
 
 def routing_and_prefill(device: str) -> list[str]:
-    """Run the route kernel alone and with quantization, and both ways of the workspace."""
+    """Run the route kernel alone and with quantization, both ways of the workspace, and the fused one."""
     spec = SPECS[0]
     case = integer_case(spec, 70, 40, 256, dtype=torch.bfloat16, device=device)
     router = (torch.ones(256, device=device), torch.tensor([1.0, 0.5, 0.25], device=device))
@@ -63,6 +63,18 @@ def routing_and_prefill(device: str) -> list[str]:
             (y,) = wiring.by_workspace(case.x, case.counts, weight, spec, how)
             error = (y.double() - case.expected()).norm() / case.expected().norm()
             wrong += [] if float(error) < 1e-2 else [f"workspace, {how}: relative error {float(error):.1e}"]
+    return wrong + fused_prefill(device)
+
+
+def fused_prefill(device: str) -> list[str]:
+    """Run weights made in registers, in tiles of every width, where the device can."""
+    wrong = []
+    for n, k in ((40, 256), (203, 160)):
+        case = integer_case(SPECS[0], 330, n, k, dtype=torch.bfloat16, bias=True, device=device)
+        if wiring.fused_refusal(case.x, SPECS[0]) is None:
+            (y,) = wiring.by_fused(case.x, case.counts, [wiring.Weight(*case.arguments[2:])], SPECS[0])
+            error = (y.double() - case.expected()).norm() / case.expected().norm()
+            wrong += [] if float(error) < 1e-2 else [f"fused, {n}x{k}: relative error {float(error):.1e}"]
     return wrong
 
 

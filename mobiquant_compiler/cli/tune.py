@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,14 @@ from mobiquant_compiler.cli.console import note, progress, show
 from mobiquant_compiler.cli.loading import MODEL_HELP, load
 from mobiquant_compiler.errors import BadOption
 
-COLUMNS = {"n": "output rows", "k": "input columns", "tokens": "workspace from tokens"}
+COLUMNS = {
+    "n": "output rows",
+    "k": "input columns",
+    "tokens": "workspace before integers",
+    "fused": "fused before integers",
+    "routed": "workspace before fused",
+    "full": "the same, all slices",
+}
 Shape = tuple[int, int]
 
 
@@ -29,7 +37,7 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Write the table here; calls do not look there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure from how many tokens on dequantized slices and a library's GEMM pay; later runs use the table."""
+    """Measure from how many tokens on which way of multiplying pays; later runs use the table."""
     given = None if shapes is None else parse_shapes(shapes)
     if given is not None and model is not None:
         raise BadOption(where="command line", name="--shapes", got=shapes, wanted="no MODEL beside it")
@@ -42,8 +50,8 @@ def tune(
             given = shapes_of(load(model, "cpu", None, report).model)
         rows = tuning.tune(given or tuning.SHAPES, tuning.device_timer(device), report)
     path = tuning.keep(gpu, rows, output)
-    found = [{"n": r.n, "k": r.k, "tokens": "never" if r.tokens == NEVER else r.tokens} for r in rows]
-    show(found, COLUMNS, as_json=as_json, title=gpu)
+    found = [{name: "never" if value == NEVER else value for name, value in asdict(row).items()} for row in rows]
+    show(found, COLUMNS, as_json=as_json, title=f"{gpu}: from how many tokens on")
     note(f"saved {path}")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mobiquant_compiler.codegen import toolchain
+from mobiquant_compiler.codegen import boxes, toolchain
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.codegen.specialise import fingerprint, specialise
 from mobiquant_compiler.config import RuntimeConfig
@@ -55,8 +55,14 @@ class Kernel:
     options: dict[str, Any]
 
     def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
-        """Enqueue the kernel; arguments of parameters that specialisation dropped are left out."""
-        given = {name: arguments[name] for name in self.parameters}
+        """Enqueue the kernel; arguments of parameters that specialisation dropped are left out.
+
+        Parameters that take descriptors get those of `x_ptr`.
+        """
+        given = {
+            name: boxes.describe(arguments["x_ptr"], name, self.spec) if boxes.is_described(name) else arguments[name]
+            for name in self.parameters
+        }
         self.function[grid](**given, **self.options)
 
 
@@ -159,7 +165,7 @@ def options(spec: KernelSpec) -> dict[str, Any]:
     """Return the compile options of a kernel, the same for launches and for `compile_for`."""
     chosen: dict[str, Any] = {
         "num_warps": spec.num_warps,
-        "num_stages": 1,  # no template has a loop that Triton could pipeline
+        "num_stages": 1,  # templates that have stages spell them out; Triton pipelines no loop of theirs
         "enable_fp_fusion": toolchain.FP_FUSION,
     }
     if spec.max_registers:
@@ -186,13 +192,18 @@ def compile_for(spec: KernelSpec, target_cc: int, dtypes: Dtypes | None = None) 
     """
     triton = toolchain.triton()
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = load(spec)
     dtypes = dtypes or Dtypes()
-    types = {name: parameter_type(name, spec.family, dtypes) for name in kernel.parameters}
-    source = ASTSource(kernel.function, types, attrs=_aligned(kernel.function, types))
+    types = {name: _type_of(name, spec, dtypes) for name in kernel.parameters}
+    source = toolchain.source_type(kernel.function)(kernel.function, types, attrs=_aligned(kernel.function, types))
     return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=kernel.options)
+
+
+def _type_of(parameter: str, spec: KernelSpec, dtypes: Dtypes) -> str:
+    if boxes.is_described(parameter):
+        return boxes.descriptor_type(parameter, spec, dtypes.x)
+    return parameter_type(parameter, spec.family, dtypes)
 
 
 def _aligned(function: Any, types: dict[str, str]) -> dict[tuple[int, ...], list[list[Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -97,7 +98,14 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.SLICED_MMA, TokenClass.BATCH): (Tile(32, 32, 32, 8, 128),),
     # Four runs of 1024 columns: a lane has four octets, whose loads are in flight together.
     (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
+    (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(2, 1, 1024, 4),),
 }
+# Tiles of sliced_wgmma: of two warpgroups, and of one for calls with too few of those for all multiprocessors.
+_WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 8), Tile(128, 64, 1, 4)
+_WGMMA_STAGES = 3
+# Programs that an H100 runs at a time, and how long they take: 4096 columns of two slices, in microseconds.
+_WGMMA_WAVE, _WGMMA_SMALL_WAVE = (132, 49.0), (264, 38.5)
+_SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
 def shared_bytes(spec: KernelSpec) -> int:
@@ -105,12 +113,15 @@ def shared_bytes(spec: KernelSpec) -> int:
 
     - route_quantize: one float32 a warp for each group reduced.
     - sliced_mma: the sums of all warps over a block of eight tokens, twice while they change hands.
+    - sliced_wgmma: stages of 128 columns of activations, or the tile of outputs on its way out; barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
     if spec.family is Family.SLICED_MMA:
         return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
         return 4 * spec.block_n * spec.block_w
+    if spec.family is Family.SLICED_WGMMA:
+        return 2 * spec.block_m * max(128 * spec.num_stages, spec.block_n) + 1024
     return 4 * spec.num_warps * max(32, spec.block_w // spec.group)
 
 
@@ -167,8 +178,9 @@ def kernel_spec(
     Raises:
         KernelDoesNotFit: no tile fits the target.
     """
+    assert family is not Family.SLICED_WGMMA, "wgmma_spec chooses it"
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
-    overlap = target.cc >= _OVERLAPS_FROM and not emulate and family is not Family.DEQUANTIZE
+    overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
     specs = (
         KernelSpec(
             family=family,
@@ -204,7 +216,7 @@ def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tup
         warps = 4 if k <= _LONG else 8
         columns = min(256 * warps, power_of_two(weight.padded(k)))
         return (Tile(1, 1, columns, warps, block_r=min(_SCORED, power_of_two(weight.padded(k)))),)
-    if family is Family.DEQUANTIZE:
+    if family in (Family.DEQUANTIZE, Family.GATHER_TOKENS):
         return _TILES[family, TokenClass.MANY]
     if tokens is not TokenClass.ONE and weight.num_slices > _WIDE_SLICES:
         tokens = TokenClass.FEW
@@ -220,3 +232,54 @@ def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
     if tokens not in (TokenClass.ONE, TokenClass.FEW, TokenClass.SOME):
         return 0
     return k if n < _FEW_ROWS else min(k, 16 * weight.group)
+
+
+def wgmma_is_small(tokens: int, n: int, slices: int) -> bool:
+    """Say whether a call of sliced_wgmma is faster with small tiles; pure.
+
+    What counts is in how many waves its programs run. How many tiles tokens make depends on their counts, which only
+    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same.
+    """
+
+    def cost(tile: Tile, resident: int, wave: float) -> float:
+        blocks = -(-n // tile.block_n)
+        tiles = (-(-tokens // tile.block_m), tokens / tile.block_m + slices / 2)
+        return sum(wave * math.ceil(count * blocks / resident) for count in tiles)
+
+    return cost(_WGMMA_SMALL_TILE, *_WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, *_WGMMA_WAVE)
+
+
+def wgmma_spec(
+    weight: SliceSpec, k: int, target: Target, *, small: bool, row_unit: int = 1, has_bias: bool = False
+) -> KernelSpec:
+    """Choose the kernel of sliced_wgmma.
+
+    Args:
+        weight: Widths, group and layout.
+        k: Input columns.
+        target: What it must fit.
+        small: Use small tiles (`wgmma_is_small`).
+        row_unit: 8 where the number of output rows is a multiple of it, else 1.
+        has_bias: Whether a bias is added.
+
+    Raises:
+        BadKernelSpec: the widths or the layout are not those it knows.
+        KernelDoesNotFit: the tile does not fit the target.
+    """
+    tile, padded = _WGMMA_SMALL_TILE if small else _WGMMA_TILE, weight.padded(k)
+    across = _SHARED_ACTIVATIONS // (2 * tile.block_m * padded)
+    spec = KernelSpec(
+        family=Family.SLICED_WGMMA,
+        widths=weight.widths,
+        group=weight.group,
+        layout=weight.layout,
+        k=padded,
+        has_bias=has_bias,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_w=1 << max(0, across.bit_length() - 1),
+        num_warps=tile.num_warps,
+        num_stages=_WGMMA_STAGES,
+        row_unit=row_unit,
+    )
+    return choose((spec,), target)

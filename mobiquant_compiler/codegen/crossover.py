@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,25 +18,32 @@ from mobiquant_compiler.spec import Path
 log = logging.getLogger(__name__)
 _SHIPPED = FilePath(__file__).parent / "tables"
 _DEFAULT = "h100"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measured shape: from `tokens` tokens on, the workspace way is the faster one.
+    """One measured shape: first numbers of tokens for which one way is faster than another, `NEVER` where it never was.
 
     Attributes:
         n: Output rows.
         k: Input columns.
-        tokens: The first number of tokens; `NEVER` where it never was.
+        tokens: The workspace is faster than integers.
+        fused: Weights made in registers are faster than integers.
+        routed: The workspace is faster than weights made in registers, for tokens that differ in their counts.
+        full: The same for tokens of one count, which the library multiplies without sorting them.
     """
 
     n: int
     k: int
     tokens: int
+    fused: int = 1 << 30
+    routed: int = 1
+    full: int = 1
 
 
 NEVER = 1 << 30
+_COLUMNS = tuple(field.name for field in fields(Row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +60,27 @@ class Crossover:
     rows: tuple[Row, ...]
     origin: str = ""
 
-    def path(self, tokens: int, n: int, k: int) -> Path:
-        """Return the path for `tokens` tokens, as at the measured shape whose size and form are nearest; pure."""
+    def path(
+        self, tokens: int, n: int, k: int, *, full: bool = False, fused: bool = False, workspace: bool = True
+    ) -> Path:
+        """Return the path for `tokens` tokens, as at the measured shape whose size and form are nearest; pure.
+
+        Args:
+            tokens: More than `spec.PREFILL_TOKENS`.
+            n: Output rows.
+            k: Input columns.
+            full: All tokens have one count; then integers are no choice.
+            fused: Whether weights can be made in registers.
+            workspace: Whether there is a workspace.
+        """
 
         def distance(row: Row) -> float:
             return abs(math.log(row.n / n)) + abs(math.log(row.k / k))
 
-        return Path.WORKSPACE if tokens >= min(self.rows, key=distance).tokens else Path.INTEGER
+        row = min(self.rows, key=distance)
+        if fused and (full or tokens >= row.fused):
+            return Path.WORKSPACE if workspace and tokens >= (row.full if full else row.routed) else Path.FUSED
+        return Path.WORKSPACE if workspace and (full or tokens >= row.tokens) else Path.INTEGER
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -120,10 +141,10 @@ def _rows(values: object, path: FilePath) -> tuple[Row, ...]:
         raise BadCrossover(path=path, reason="wanted at least one row")
     rows = []
     for number, value in enumerate(values):
-        if not isinstance(value, Mapping) or not all(_is_count(value.get(name)) for name in ("n", "k", "tokens")):
-            reason = f"row {number} is {value!r}; wanted n, k and tokens, whole numbers above 0"
+        if not isinstance(value, Mapping) or not all(_is_count(value.get(name)) for name in _COLUMNS):
+            reason = f"row {number} is {value!r}; wanted {', '.join(_COLUMNS)}, whole numbers above 0"
             raise BadCrossover(path=path, reason=reason)
-        rows.append(Row(value["n"], value["k"], value["tokens"]))
+        rows.append(Row(**{name: value[name] for name in _COLUMNS}))
     return tuple(rows)
 
 

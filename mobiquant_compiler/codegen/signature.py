@@ -29,6 +29,7 @@ _FIXED = {
     "mask_ptr": "*i32",
     "counts_ptr": "*i32",
     "offsets_ptr": "*i32",
+    "rows_ptr": "*i32",
     "slices_ptr": "*i32",
     "tokens": "i32",
     "columns": "i32",
@@ -36,6 +37,7 @@ _FIXED = {
     "n_rows": "i32",
     "first_row": "i32",
     "rows": "i32",
+    "row_units": "i32",
 }
 
 
@@ -46,7 +48,7 @@ def parameter_type(name: str, family: Family, dtypes: Dtypes) -> str:
         KeyError: no template has such a parameter.
     """
     name = re.sub(r"\d", "", name)  # slices1_ptr: the same of another weight
-    if name in ("x_ptr", "y_ptr", "bias_ptr", "workspace_ptr"):
+    if name in ("x_ptr", "y_ptr", "bias_ptr", "workspace_ptr", "gathered_ptr"):
         return f"*{dtypes.x}"
     if name in ("scale_ptr", "zero_ptr"):
         return f"*{dtypes.scale}"

@@ -15,8 +15,9 @@ from mobiquant_compiler.spec import Family, KernelSpec
 
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
-# Modules of jitted functions that templates call; they import one another in this order.
-_SHARED = ("fragments", "activations", "device", "scaling", "products", "chains", "tiles")
+# Modules of jitted functions that templates call.
+_SHARED = ("fragments", "activations", "operands", "device", "scaling", "products", "chains", "tiles")
+_ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
 
 
@@ -42,6 +43,8 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "BLOCK_R": spec.block_r,
         "NUM_WARPS": spec.num_warps,
         "PADDED": spec.padded,
+        "ROW_UNIT": spec.row_unit,
+        "NUM_STAGES": spec.num_stages,
         "EMULATE": spec.emulate,
     }
 
@@ -75,7 +78,7 @@ def specialise(spec: KernelSpec) -> str:
     gone, as are branches that cannot be taken.
 
     Raises:
-        BadKernelSpec: a `tl.static_assert` of the template does not hold.
+        BadKernelSpec: a `static_assert` of the template does not hold.
     """
     path = template_path(spec.family)
     tree = ast.parse(_source(path))
@@ -127,7 +130,7 @@ class _Bind(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         self.generic_visit(node)
         call = node.value
-        if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "tl.static_assert"):
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func) in _ASSERTS):
             return node
         held = _constant(call.args[0])
         if held is None:

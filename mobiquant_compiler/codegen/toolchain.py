@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from mobiquant_compiler.errors import TritonMissing
 
 # Kernels say `tl.fma` where they mean it: a compiler's choice of contraction differs from body to body, and Triton's
 # default is about to change.
 FP_FUSION = False
+_GLUON = ("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
+_HOPPER = ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
 
 
 def triton() -> ModuleType:
@@ -44,3 +49,30 @@ def cuobjdump() -> str | None:
         return str(triton().knobs.nvidia.cuobjdump.path)
     except (RuntimeError, AttributeError):
         return None
+
+
+def source_type(function: Any) -> Any:
+    """Return what stands for the source of a jitted function when it is compiled without a device."""
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
+
+
+@cache
+def gluon_refusal() -> str | None:
+    """Return why kernels that are written in Gluon cannot be compiled, None where they can; Gluon is experimental."""
+    try:
+        gluon = import_module("triton.experimental.gluon")
+        language = import_module("triton.experimental.gluon.language")
+        hopper = import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as error:
+        return f"triton {version()} has no Gluon ({error})"
+    parts = [(gluon, ("jit", "constexpr_function")), (language, _GLUON), (hopper, _HOPPER)]
+    missing = [name for module, names in parts for name in names if not hasattr(module, name)]
+    if missing:
+        return f"Gluon of triton {version()} lacks {', '.join(missing)}"
+    return "kernels in Gluon do not run in the interpreter" if interpreting() else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from mobiquant_compiler import wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
-from mobiquant_compiler.runtime import prefill
+from mobiquant_compiler.runtime import fused, prefill
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import Activation, Family, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
@@ -141,6 +141,13 @@ def test_workspaces(spec: SliceSpec) -> None:
             used = offsets if sorted_rows else torch.tensor([most], dtype=torch.int32)
             workspace = torch.empty((spec.num_slices, *shape) if sorted_rows else shape)
             prefill.dequantize(cache.load(chosen), weight, used, workspace, start)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 32), (3, 100), (65, 128), (7, 1100)])
+def test_gathered_tokens(tokens: int, k: int) -> None:
+    spec = SliceSpec((2, 2, 2), 32)
+    kernel = cache.load(kernel_spec(Family.GATHER_TOKENS, spec, k, TokenClass.MANY, Target.of(80)))
+    fused.gather(kernel, torch.randn(tokens, k), torch.arange(tokens, dtype=torch.int32) % 5)
 
 
 def test_an_address_outside_is_noticed(watch: Watch) -> None:

@@ -14,7 +14,7 @@ from mobiquant_compiler.errors import BadCrossover
 from mobiquant_compiler.spec import Path
 
 H100 = "NVIDIA H100 80GB HBM3"
-ROW = {"n": 4096, "k": 4096, "tokens": 256}
+ROW = {"n": 4096, "k": 4096, "tokens": 256, "fused": 65, "routed": NEVER, "full": 512}
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,29 @@ def test_the_nearest_measured_shape_decides(tokens: int, n: int, k: int, path: P
         assert Crossover("test", order).path(tokens, n, k) is path
 
 
+@pytest.mark.parametrize(
+    ("tokens", "fused", "workspace", "full", "path"),
+    [
+        (99, True, True, False, Path.INTEGER),
+        (100, True, True, False, Path.FUSED),
+        (100, False, True, False, Path.INTEGER),
+        (300, False, True, False, Path.WORKSPACE),
+        (999, True, True, False, Path.FUSED),
+        (1000, True, True, False, Path.WORKSPACE),
+        (1000, True, False, False, Path.FUSED),  # as float16, which has no grouped products
+        (1000, False, False, False, Path.INTEGER),
+        (65, True, True, True, Path.FUSED),  # integers are no choice
+        (500, True, True, True, Path.WORKSPACE),
+        (65, False, True, True, Path.WORKSPACE),
+    ],
+)
+def test_each_pair_of_ways_has_its_own_crossing(
+    tokens: int, fused: bool, workspace: bool, full: bool, path: Path
+) -> None:
+    table = Crossover("test", (Row(4096, 4096, tokens=300, fused=100, routed=1000, full=500),))
+    assert table.path(tokens, 4096, 4096, full=full, fused=fused, workspace=workspace) is path
+
+
 def test_form_matters_as_well_as_size() -> None:
     table = Crossover("test", (Row(16384, 1024, 100), Row(1024, 16384, 1000)))
     assert table.path(500, 20000, 1200) is Path.WORKSPACE
@@ -76,15 +99,21 @@ def test_what_is_written_is_what_is_read(tmp_path: FilePath) -> None:
     ("content", "reason"),
     [
         ("{", "Expecting property name"),
-        ("[]", "wanted a table of format 1"),
-        ('{"format": 2}', "wanted a table of format 1"),
-        ('{"format": 1, "gpu": "h100"}', "wanted at least one row"),
-        ('{"format": 1, "rows": []}', "wanted at least one row"),
-        ('{"format": 1, "rows": {"n": 1}}', "wanted at least one row"),
-        ('{"format": 1, "rows": "abc"}', "row 0 is 'a'; wanted n, k and tokens, whole numbers above 0"),
+        ("[]", "wanted a table of format 2"),
+        ('{"format": 1}', "wanted a table of format 2"),
+        ('{"format": 2, "gpu": "h100"}', "wanted at least one row"),
+        ('{"format": 2, "rows": []}', "wanted at least one row"),
+        ('{"format": 2, "rows": {"n": 1}}', "wanted at least one row"),
+        (
+            '{"format": 2, "rows": "abc"}',
+            "row 0 is 'a'; wanted n, k, tokens, fused, routed, full, whole numbers above 0",
+        ),
         *(
-            (json.dumps({"format": 1, "rows": [ROW, ROW | change]}), "row 1 is .* wanted n, k and tokens")
-            for change in ({"n": 0}, {"k": -1}, {"tokens": 2.5}, {"tokens": None}, {"tokens": True}, {"n": "4096"})
+            (
+                json.dumps({"format": 2, "rows": [ROW, ROW | change]}),
+                "row 1 is .* wanted n, k, tokens, fused, routed, full",
+            )
+            for change in ({"n": 0}, {"k": -1}, {"tokens": 2.5}, {"fused": None}, {"routed": True}, {"full": "4096"})
         ),
     ],
 )

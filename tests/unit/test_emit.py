@@ -25,7 +25,7 @@ from tests.model_dirs import byte_llama, byte_tokenizer, save_plain
 Run = Callable[..., tuple[int, str, str]]
 # Kernels of two slices and 64 columns are small: a second to compile.
 SMALL = ("--widths", "2,2", "--group", "32", "--k", "64", "--n", "16")
-KIND = {"route_quantize": 3, "sliced_mma": 1, "dequantize": 2}
+KIND = {"route_quantize": 3, "sliced_mma": 1, "dequantize": 2, "gather_tokens": 1, "sliced_wgmma": 2}
 LISTING = """
 Resource usage:
  Function dequantize:
@@ -81,7 +81,7 @@ class TestSpec:
             assert row["template"] == template_digest(Family(row["family"]))
             assert f"sha256 {row['template']}" in text
             assert (row["registers"], row["target"], row["x_dtype"], row["ptx"]) == (7, "sm_90", "bf16", None)
-        assert "kernels: 6/6" in err
+        assert "kernels: 9/9" in err
 
     def test_options_reach_the_kernel(self, run: Run, uncompiled: list[Any], tmp_path: Path) -> None:
         options = ["--family", "sliced_mma", "--tokens", "9", "--activation", "a8", "--bias", "--parts", "3"]
@@ -117,7 +117,10 @@ class TestSpec:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--family", "gemv"], "'--family' got 'gemv'; wanted one of route_quantize, sliced_mma, dequantize, all"),
+            (
+                ["--family", "gemv"],
+                "'--family' got 'gemv'; wanted one of route_quantize, sliced_mma, dequantize, gather_tokens, ",
+            ),
             (["--widths", "2;2"], "'--widths' got '2;2'"),
             (["--widths", "2,7"], "widths (slice_major) got (2, 7)"),
             (["--widths", "4,4,4"], "widths got (4, 4, 4)"),
@@ -154,7 +157,8 @@ class TestModel:
         mq.quantize_(model, calibration=torch.arange(64).view(2, 32))
         checkpoint.save(model, tmp_path / "c", tokenizer=byte_tokenizer())
         assert run(tmp_path / "c", tmp_path / "out")[0] == 0
-        assert {spec.family for spec, *_ in uncompiled} == set(Family)
+        of_half_precision = {Family.GATHER_TOKENS, Family.SLICED_WGMMA}
+        assert {spec.family for spec, *_ in uncompiled} == set(Family) - of_half_precision
         products = [spec for spec, *_ in uncompiled if spec.family is Family.SLICED_MMA]
         assert {spec.parts for spec in products} == {1, 2, 3}
         assert {spec.block_m for spec in products} == {1, 8, 16, 32}
@@ -244,7 +248,7 @@ class TestResources:
         assert code == 0
         assert {(row["registers"], row["fits"]) for row in json.loads(out)} == {(None, True)}
         assert err.count("CUDA kernels need triton (not installed)") == 1
-        assert len(list((tmp_path / "out").iterdir())) == 6
+        assert len(list((tmp_path / "out").iterdir())) == 9
         assert toolchain.version() == "absent"
 
     def test_a_triton_without_tools(self, monkeypatch: pytest.MonkeyPatch) -> None:

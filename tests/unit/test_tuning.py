@@ -27,7 +27,7 @@ from tests.model_dirs import byte_llama, byte_tokenizer, save_plain
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = torch.device("cpu")
-Asked = list[tuple[Path, int, int, int]]
+Asked = list[tuple[Path, int, int, int, Prefill]]
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,20 @@ def _own_cache(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBIQUANT_CACHE", str(tmp_path / "cache"))
 
 
-def crossing_at(tokens: float, asked: Asked | None = None) -> tuning.Timer:
-    """Return a timer: the integer path takes as long as there are tokens, the workspace way nearly always `tokens`."""
+def crossing_at(
+    tokens: float, asked: Asked | None = None, fused: Callable[[int, Prefill], float] = lambda tokens, prefill: math.inf
+) -> tuning.Timer:
+    """Return a timer whose ways cross at `tokens`.
 
-    def timer(path: Path, got: int, n: int, k: int) -> float:
+    Integers take as long as there are tokens, the workspace nearly always `tokens`; there are no weights in registers
+    unless `fused` says what they take.
+    """
+
+    def timer(path: Path, got: int, n: int, k: int, prefill: Prefill) -> float:
         if asked is not None:
-            asked.append((path, got, n, k))
+            asked.append((path, got, n, k, prefill))
+        if path is Path.FUSED:
+            return fused(got, prefill)
         return float(got) if path is Path.INTEGER else tokens - 0.5
 
     return timer
@@ -55,10 +63,21 @@ class TestSearch:
         assert all(1.05 < after / before < 1.25 for before, after in pairwise(counts))
 
     @pytest.mark.parametrize(
-        ("crossing", "tokens"), [(1, 80), (80, 80), (81, 88), (300, 336), (4096, 4096), (4097, NEVER)]
+        ("crossing", "tokens"), [(1, 65), (80, 65), (81, 88), (300, 336), (4096, 4096), (4097, NEVER)]
     )
     def test_finds_the_first_number_for_which_the_workspace_is_faster(self, crossing: int, tokens: int) -> None:
-        assert tune([(512, 256)], crossing_at(crossing)) == (Row(512, 256, tokens),)
+        assert tune([(512, 256)], crossing_at(crossing)) == (Row(512, 256, tokens, NEVER, 65, 65),)
+
+    def test_weights_in_registers_have_crossings_of_their_own(self) -> None:
+        def fused(tokens: int, prefill: Prefill) -> float:
+            return 100.5 + tokens / (4 if prefill is Prefill.ROUTED else 2)
+
+        (row,) = tune([(512, 256)], crossing_at(1000, fused=fused))
+        counts = token_counts()
+        assert row.tokens == next(t for t in counts if t >= 1000)
+        assert row.fused == next(t for t in counts if t > 100.5 + t / 4)
+        assert row.routed == next(t for t in counts if 100.5 + t / 4 > 999.5)
+        assert row.full == next(t for t in counts if 100.5 + t / 2 > 999.5)
 
     @given(st.integers(1, 5000))
     def test_bisection_agrees_with_trying_all(self, crossing: int) -> None:
@@ -66,7 +85,7 @@ class TestSearch:
         assert first_faster(lambda t: t >= crossing, counts) == next((t for t in counts if t >= crossing), NEVER)
 
     def test_a_tie_stays_on_the_integer_path(self) -> None:
-        assert tune([(8, 32)], lambda path, tokens, n, k: 1.0) == (Row(8, 32, NEVER),)
+        assert tune([(8, 32)], lambda *call: 1.0) == (Row(8, 32, NEVER, NEVER, NEVER, NEVER),)
 
     @pytest.mark.parametrize("crossing", [1, 500, math.inf])
     def test_measures_little_and_says_how_far_it_is(self, crossing: float) -> None:
@@ -75,18 +94,19 @@ class TestSearch:
         shapes = [(512, 256), (64, 1024)]
         rows = tune(shapes, crossing_at(crossing, asked), lambda *news: told.append(news))
         assert [(row.n, row.k) for row in rows] == shapes
-        assert told == [("tuning", done, 2 * COMPARISONS) for done in range(1, 2 * COMPARISONS + 1)]
-        assert len(asked) == len(set(asked)) == 2 * 2 * COMPARISONS
+        total = 2 * len(tuning.PAIRS) * COMPARISONS
+        assert told == [("tuning", done, total) for done in range(1, total + 1)]
+        assert len(asked) == 2 * total
 
     def test_every_shape_has_its_own_crossing(self) -> None:
-        def timer(path: Path, tokens: int, n: int, k: int) -> float:
-            return crossing_at(n)(path, tokens, n, k)
+        def timer(path: Path, tokens: int, n: int, k: int, prefill: Prefill) -> float:
+            return crossing_at(n)(path, tokens, n, k, prefill)
 
         rows = tune([(80, 32), (4096, 32), (9999, 32)], timer)
-        assert [row.tokens for row in rows] == [80, 4096, NEVER]
+        assert [row.tokens for row in rows] == [65, 4096, NEVER]
 
     def test_a_shape_that_does_not_fit_is_named(self) -> None:
-        def timer(path: Path, tokens: int, n: int, k: int) -> float:
+        def timer(path: Path, tokens: int, n: int, k: int, prefill: Prefill) -> float:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         with pytest.raises(CannotTune, match="shape 900000x900000 does not fit the free memory of the GPU; wanted"):
@@ -141,14 +161,18 @@ class TestTimer:
         monkeypatch.setattr(tuning, "FLUSH_BYTES", 16)
         monkeypatch.setattr(workspace, "supports", lambda x, n, k: "too wide" if k > 4096 else None)
         monkeypatch.setattr(wiring, "by_workspace", lambda *args: seen.append(("workspace", *args)))
+        monkeypatch.setattr(wiring, "fused_refusal", lambda x, spec: "too wide" if x.shape[1] > 4096 else None)
+        monkeypatch.setattr(wiring, "by_fused", lambda *args: seen.append(("fused", *args, None)))
         monkeypatch.setattr(wiring, "by_integers", lambda *args: seen.append(("integer", *args)))
         return seen
 
     @pytest.mark.parametrize(
-        ("path", "last"), [(Path.INTEGER, Activation.A16), (Path.WORKSPACE, Prefill.ROUTED)], ids=str
+        ("path", "last"),
+        [(Path.INTEGER, Activation.A16), (Path.WORKSPACE, Prefill.ROUTED), (Path.FUSED, None)],
+        ids=str,
     )
     def test_calls_have_mixed_counts_and_bfloat16(self, calls: list[tuple], path: Path, last: object) -> None:
-        assert tuning.device_timer(CPU)(path, 10, 48, 576) == 1e-3
+        assert tuning.device_timer(CPU)(path, 10, 48, 576, Prefill.ROUTED) == 1e-3
         assert len(calls) == tuning.WARM_UPS + tuning.REPEATS
         name, x, counts, weights, spec, choice = calls[-1]
         assert (name, choice) == (str(path), last)
@@ -161,17 +185,25 @@ class TestTimer:
         assert weight.scale.shape == weight.zero.shape == spec.scale_shape(48, 576)
         assert weight.bias is None
 
-    def test_both_paths_multiply_by_one_weight(self, calls: list[tuple]) -> None:
+    @pytest.mark.parametrize("path", [Path.WORKSPACE, Path.FUSED], ids=str)
+    def test_full_calls_have_all_slices(self, calls: list[tuple], path: Path) -> None:
+        tuning.device_timer(CPU)(path, 10, 48, 576, Prefill.FULL)
+        assert calls[-1][2].tolist() == [4] * 10
+        assert calls[-1][-1] in (Prefill.FULL, None)
+
+    def test_all_paths_multiply_by_one_weight(self, calls: list[tuple]) -> None:
         timer = tuning.device_timer(CPU)
-        for path in (Path.INTEGER, Path.WORKSPACE):
-            timer(path, 80, 16, 64)
+        for path in (Path.INTEGER, Path.WORKSPACE, Path.FUSED):
+            timer(path, 80, 16, 64, Prefill.ROUTED)
         assert calls[0][3][0] is calls[-1][3][0]
-        timer(Path.INTEGER, 80, 32, 64)
+        timer(Path.INTEGER, 80, 32, 64, Prefill.ROUTED)
         assert calls[-1][3][0].rows == 32
 
     def test_a_way_that_cannot_be_taken_takes_for_ever(self, calls: list[tuple]) -> None:
-        assert tuning.device_timer(CPU)(Path.WORKSPACE, 80, 16, 8192) == math.inf
+        for path in (Path.WORKSPACE, Path.FUSED):
+            assert tuning.device_timer(CPU)(path, 80, 16, 8192, Prefill.ROUTED) == math.inf
         assert not calls
+        assert tuning.device_timer(CPU)(Path.WORKSPACE, 80, 16, 8192, Prefill.FULL) == 1e-3
 
 
 class TestKeep:
@@ -210,7 +242,7 @@ class TestCommand:
         asked: Asked = []
         monkeypatch.setattr(tuning, "find_gpu", lambda: (CPU, H100))
         monkeypatch.setattr(
-            tuning, "device_timer", lambda device: lambda path, t, n, k: crossing_at(n, asked)(path, t, n, k)
+            tuning, "device_timer", lambda device: lambda path, t, n, k, how: crossing_at(n, asked)(path, t, n, k, how)
         )
         return SimpleNamespace(asked=asked)
 
@@ -220,7 +252,7 @@ class TestCommand:
         assert code == 0
         assert H100 in out
         assert "never" in out
-        assert "tuning: 30/30" in err
+        assert "tuning: 120/120" in err
         assert f"saved {tuned_path('h100')}" in err
         table = load(H100)
         assert table.origin == str(tuned_path("h100"))
@@ -232,8 +264,12 @@ class TestCommand:
         path = tmp_path / "t.json"
         code, out, _ = run("--shapes", "80x64, 9999x32,80x64", "--json", "--output", path)
         assert code == 0
-        assert json.loads(out) == [{"n": 80, "k": 64, "tokens": 80}, {"n": 9999, "k": 32, "tokens": "never"}]
-        assert read(path).rows == (Row(80, 64, 80), Row(9999, 32, NEVER))
+        rest = {"fused": "never", "routed": 65, "full": 65}
+        assert json.loads(out) == [
+            {"n": 80, "k": 64, "tokens": 65} | rest,
+            {"n": 9999, "k": 32, "tokens": "never"} | rest,
+        ]
+        assert read(path).rows == (Row(80, 64, 65, NEVER, 65, 65), Row(9999, 32, NEVER, NEVER, 65, 65))
         assert not tuned_path("h100").exists()
 
     def test_linears_of_a_checkpoint(
@@ -244,7 +280,7 @@ class TestCommand:
         shapes = {(m.out_features, m.in_features) for m in mq.linear.elastic_linears(model).values()}
         checkpoint.save(model, tmp_path / "c", tokenizer=byte_tokenizer())
         assert run(tmp_path / "c")[0] == 0
-        assert {(n, k) for _, _, n, k in gpu.asked} == shapes
+        assert {(n, k) for _, _, n, k, _ in gpu.asked} == shapes
         assert len(read(tuned_path("h100")).rows) == len(shapes)
 
     def test_linears_of_a_plain_model(
@@ -253,7 +289,7 @@ class TestCommand:
         assert run(save_plain(tmp_path / "m"))[0] == 0
         model = byte_llama()
         mq.quantize_(model)
-        assert {(n, k) for _, _, n, k in gpu.asked} == set(shapes_of(model))
+        assert {(n, k) for _, _, n, k, _ in gpu.asked} == set(shapes_of(model))
 
     def test_a_model_without_linears(self) -> None:
         with pytest.raises(NothingToQuantize, match=r"no nn\.Linear or Conv1D in it"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
+from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, wgmma_spec
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 
@@ -35,6 +35,9 @@ KERNELS = {
     "many_tokens_siblings": kernel(Family.SLICED_MMA, SliceSpec(), 8, parts=3),
     "many_tokens_interpreted": kernel(Family.SLICED_MMA, SliceSpec((1,) * 8), 8, emulate=True),
     "dequantize_sorted": kernel(Family.DEQUANTIZE, SliceSpec()),
+    "gather_tokens": kernel(Family.GATHER_TOKENS, SliceSpec()),
+    "fused": wgmma_spec(SliceSpec(), 4096, H100, small=False, row_unit=8),
+    "fused_small_tiles_bias": wgmma_spec(SliceSpec((2, 2), 32), 4096, H100, small=True, has_bias=True),
     "dequantize_planes_one_count": kernel(Family.DEQUANTIZE, PLANES, sorted_rows=False),
 }
 

@@ -1,0 +1,178 @@
+"""Many tokens in one launch a weight: grouped by slice count, multiplied by weights that are made in registers.
+
+Everything here can be captured into a CUDA graph: sizes follow from shapes, what depends on data is read by kernels.
+
+Numerics: weights are rounded to the dtype of the activations as in `prefill`'s workspace, and sums are float32; bias is
+added before they are rounded. The order of a sum depends on nothing but the number of columns and the tile, so a
+token's result does not depend on what the tokens beside it hold; it may on how many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, ceil_div
+from mobiquant_compiler.spec import Family, Layout, SliceSpec
+
+DTYPES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
+_COLUMNS = 128  # of a step of the kernel
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredTokens:
+    """Tokens brought together by slice count, for any number of linears that share their decision.
+
+    Attributes:
+        x: [T, K_padded up to 128], in the order of their counts, columns in the order of operands.
+        rows: int32 [T], where each token came from.
+        offsets: int32 [E + 1], on the device; tokens of count c are ``offsets[c - 1] : offsets[c]``.
+    """
+
+    x: Tensor
+    rows: Tensor
+    offsets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens."""
+        return self.rows.numel()
+
+
+def supports(x: Tensor, spec: SliceSpec) -> str | None:
+    """Return why `multiply` cannot take these activations with such weights, None where it can.
+
+    Args:
+        x: [..., K]; only its dtype and device matter.
+        spec: Widths, group and layout of the weights.
+    """
+    if not x.is_cuda or torch.version.hip is not None:
+        return f"products of warpgroups need a CUDA device of sm_90, activations are on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"activations are {x.dtype}, not bfloat16 or float16"
+    if not takes_slices(spec):
+        return f"slices are {spec.widths} in {spec.layout}, not up to four of two bits in slice_major"
+    capability = _capability(x.device)
+    if capability != _CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}, not sm_90"
+    return None
+
+
+@lru_cache(maxsize=64)
+def takes_slices(spec: SliceSpec) -> bool:
+    """Say whether the kernel knows such slices."""
+    return spec.layout is Layout.SLICE_MAJOR and set(spec.widths) == {2} and spec.num_slices <= 4
+
+
+def row_units(n: int, parts: int) -> tuple[int, ...]:
+    """Return the ``row_unit`` of kernels that a launch can take, given its output rows in all.
+
+    One weight takes one kernel. Of several, whose rows are not known one by one, some may take either.
+    """
+    return (row_unit(n),) if parts == 1 else (1, 8)
+
+
+def row_unit(n: int) -> int:
+    """Return the ``row_unit`` of the kernel for a weight of `n` rows."""
+    return 1 if n % 8 else 8
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredTokens:
+    """Bring tokens of equal slice count together, in their order, and their columns into the order of operands.
+
+    Args:
+        kernel: gather_tokens.
+        x: [T, K].
+        counts: int32, T of them in any shape; values outside 1..E count as the nearest.
+    """
+    spec, (tokens, columns) = kernel.spec, x.shape
+    assert spec.family is Family.GATHER_TOKENS, f"{spec.family} gathers nothing"
+    width = ceil_div(spec.k, _COLUMNS) * _COLUMNS
+    gathered = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    rows = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    offsets = torch.empty(len(spec.widths) + 1, dtype=torch.int32, device=x.device)
+    kernel.launch(
+        (ceil_div(tokens, spec.block_m),),
+        x_ptr=x.contiguous(),
+        counts_ptr=counts.reshape(-1).contiguous(),
+        rows_ptr=rows,
+        offsets_ptr=offsets,
+        gathered_ptr=gathered,
+        tokens=tokens,
+        columns=columns,
+    )
+    return GatheredTokens(gathered, rows, offsets)
+
+
+def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -> Tensor:
+    """Multiply each token by the weight of its slice count; returns [T, N] in the order before gathering.
+
+    Args:
+        kernel: sliced_wgmma.
+        tokens: What `gather` gave for as many columns.
+        weight: Its rows are a multiple of the kernel's ``row_unit``.
+    """
+    spec = kernel.spec
+    assert spec.family is Family.SLICED_WGMMA, f"{spec.family} multiplies no gathered tokens"
+    assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
+    y = torch.empty(tokens.tokens, weight.rows, dtype=tokens.x.dtype, device=tokens.x.device)
+    # Of groups that end inside a tile there is one less than there are groups, at most.
+    tiles = ceil_div(tokens.tokens, spec.block_m) + len(spec.widths) - 1
+    kernel.launch(
+        (tiles * ceil_div(weight.rows, spec.block_n),),
+        x_ptr=tokens.x,
+        rows_ptr=tokens.rows,
+        offsets_ptr=tokens.offsets,
+        slices_ptr=_aligned(weight.slices),
+        scale_ptr=weight.scale.contiguous(),
+        zero_ptr=weight.zero.contiguous(),
+        bias_ptr=None if weight.bias is None else weight.bias.contiguous(),
+        y_ptr=y,
+        tokens=tokens.tokens,
+        row_units=weight.rows // spec.row_unit,
+    )
+    return y
+
+
+def _aligned(words: Tensor) -> Tensor:
+    """Return packed words, aligned as pairs of them are loaded; nearly always they are."""
+    words = words.contiguous()
+    return words.clone() if words.data_ptr() % 16 else words
+
+
+def fused_linears(
+    gather_kernel: LaunchableKernel,
+    kernel_of: Callable[[Weight, int], LaunchableKernel],
+    x: Tensor,
+    counts: Tensor,
+    weights: Sequence[Weight],
+) -> list[Tensor]:
+    """Multiply each token by the weights of its slice count: `reference.routed_linears` with rounded weights.
+
+    Args:
+        gather_kernel: gather_tokens.
+        kernel_of: Returns sliced_wgmma for a weight and a number of tokens.
+        x: [..., K].
+        counts: int32 [...] in 1..E.
+        weights: Linears that share input and decision; tokens are gathered once for all.
+
+    Returns:
+        [..., N] of each, in the dtype of x.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0:
+        return [x.new_empty(*x.shape[:-1], weight.rows) for weight in weights]
+    with torch.cuda.device_of(x):
+        tokens = gather(gather_kernel, flat, counts)
+        found = [multiply(kernel_of(weight, tokens.tokens), tokens, weight) for weight in weights]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -1,0 +1,211 @@
+"""Weights made in registers on the device: products by group in float64, places, capture, no wait for the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mobiquant_compiler import wiring
+from mobiquant_compiler.codegen import cache
+from mobiquant_compiler.kernels import fused_kernel, gather_kernel
+from mobiquant_compiler.packing import unpack
+from mobiquant_compiler.runtime import fused
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.slices import reconstruct
+from mobiquant_compiler.spec import Prefill, SliceSpec
+from tests.kernel_cases import Case, random_case, spec_id
+from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SPECS = (SliceSpec((2, 2, 2, 2), 128), SliceSpec((2, 2, 2, 2), 64), SliceSpec((2, 2, 2), 32), SliceSpec((2,), 64))
+TOKENS = (65, 100, 256, 1000)
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def supported() -> None:
+    """Skip, with the reason, where there is no such kernel."""
+    reason = wiring.fused_refusal(torch.empty(1, dtype=torch.bfloat16, device="cuda"), SPECS[0])
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def with_rounded_weights(case: Case) -> Tensor:
+    """Return the products in float64 of activations and weights rounded to their dtype, with bias."""
+    y = torch.empty(case.x.shape[0], case.scale.shape[0], dtype=torch.float64, device="cuda")
+    for count in range(1, case.spec.num_slices + 1):
+        codes = unpack(case.slices, case.spec, count)
+        weight = reconstruct(codes, case.scale.float(), case.zero.float(), case.spec, count).to(case.x.dtype)
+        here = case.counts == count
+        y[here] = case.x[here].double() @ weight[:, : case.x.shape[1]].double().t()
+    return y if case.bias is None else y + case.bias.double()
+
+
+def run(case: Case, small: bool | None = None) -> Tensor:
+    """Run the fused linear of a case with memory that is NaN before; large or small tiles, or those that calls take."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        weight, target = Weight(*case.arguments[2:]), wiring.target_of(case.x.device)
+        if small is None:
+            return wiring.by_fused(case.x, case.counts, [weight], case.spec)[0]
+        k = case.x.shape[1]
+        kernel = fused_kernel(
+            case.spec,
+            k,
+            target,
+            small=small,
+            row_unit=fused.row_unit(weight.rows),
+            has_bias=weight.bias is not None,
+        )
+        return fused.multiply(kernel, fused.gather(gather_kernel(case.spec, k, target), case.x, case.counts), weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(y: Tensor, case: Case) -> None:
+    """Compare with weights rounded alike: what is left is the order of sums and one rounding of the output."""
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[case.x.dtype]
+    torch.testing.assert_close(y.double(), with_rounded_weights(case), rtol=1.01 * rounding, atol=2e-4)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_products_are_those_of_rounded_weights(spec: SliceSpec, tokens: int, small: bool) -> None:
+    """Rows that are no multiple of a tile, of eight or even; a last step of less than 128 columns."""
+    case = random_case(spec, tokens, 203, 672, dtype=torch.bfloat16, device="cuda", seed=tokens)
+    check(run(case, small), case)
+    case = replace(random_case(spec, tokens, 512, 672, dtype=torch.bfloat16, device="cuda", seed=tokens), bias=None)
+    check(run(case, small), case)
+
+
+@pytest.mark.parametrize("k", [32, 96, 128, 160, 1000])
+def test_columns(k: int) -> None:
+    case = random_case(SliceSpec((2, 2, 2, 2), 32), 130, 136, k, dtype=torch.bfloat16, device="cuda", seed=k)
+    for small in (False, True):
+        check(run(case, small), case)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_every_number_of_tokens_in_a_group(small: bool) -> None:
+    """Tiles of every width, full and nearly empty, at the beginning and at the end."""
+    case = random_case(SPECS[0], 1200, 130, 256, dtype=torch.bfloat16, device="cuda")
+    for sizes in ((1, 63, 64, 65), (127, 128, 129, 1), (255, 256, 257, 32), (33, 0, 513, 511), (0, 0, 0, 66)):
+        counts = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(sizes)).int()
+        counts = counts[torch.randperm(len(counts))].cuda()
+        part = replace(case, x=case.x[: len(counts)], counts=counts)
+        check(run(part, small), part)
+
+
+@pytest.mark.parametrize("counts", [(1,), (4,), (1, 4), (2, 3), (3,), (1, 2, 3, 4)], ids=str)
+def test_counts_that_no_token_has(counts: tuple[int, ...]) -> None:
+    for tokens in TOKENS:
+        case = random_case(SPECS[0], tokens, 520, 1024, dtype=torch.bfloat16, device="cuda", seed=len(counts))
+        case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
+        check(run(case), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    case = random_case(SPECS[0], 300, 264, 512, dtype=dtype, scale_dtype=scale_dtype, device="cuda")
+    y, wanted = run(case), case.expected()
+    assert y.dtype is dtype
+    atol, rtol, _ = WORKSPACE_TOLERANCES[dtype]
+    torch.testing.assert_close(y.double(), wanted, atol=atol, rtol=rtol)
+    assert (y.double() - wanted).norm() <= WORKSPACE_RMS * wanted.norm()
+
+
+def test_a_large_product() -> None:
+    case = random_case(SPECS[0], 2000, 4104, 4096, dtype=torch.bfloat16, device="cuda")
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_call_gives_the_same_bits_every_time(small: bool) -> None:
+    """Stages that were overwritten while products still read them would show as differences now and then."""
+    case = random_case(SPECS[0], 1000, 1032, 4096, dtype=torch.bfloat16, device="cuda")
+    first = run(case, small)
+    check(first, case)
+    for _ in range(50):
+        assert torch.equal(run(case, small), first)
+
+
+def test_linears_that_share_their_tokens() -> None:
+    cases = [random_case(SPECS[0], 130, n, 256, dtype=torch.bfloat16, seed=n, device="cuda") for n in (64, 203, 4096)]
+    cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
+    weights = [Weight(*case.arguments[2:]) for case in cases]
+    for y, case in zip(wiring.by_fused(cases[0].x, cases[0].counts, weights, SPECS[0]), cases, strict=True):
+        check(y, case)
+
+
+def test_values_that_are_not_finite_reach_their_token_only() -> None:
+    case = random_case(SPECS[0], 200, 256, 512, dtype=torch.bfloat16, device="cuda")
+    case.x[17, 5] = NAN
+    y = run(case)
+    assert y[17].isnan().all()
+    y[17] = 0
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (), (1, 1), (2, 65)], ids=str)
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    tokens = torch.Size(shape).numel()
+    case = random_case(SPECS[0], max(tokens, 1), 40, 256, dtype=torch.bfloat16, device="cuda")
+    x, counts = case.x[:tokens].view(*shape, 256), case.counts[:tokens].view(shape)
+    (y,) = wiring.by_fused(x, counts, [Weight(*case.arguments[2:])], case.spec)
+    assert y.shape == (*shape, 40)
+    torch.testing.assert_close(y.view(tokens, 40).double(), with_rounded_weights(case)[:tokens], rtol=2**-7, atol=2e-4)
+
+
+def test_activations_that_are_not_contiguous() -> None:
+    case = random_case(SPECS[0], 130, 64, 256, dtype=torch.bfloat16, device="cuda")
+    wide = torch.full((130, 300), NAN, dtype=torch.bfloat16, device="cuda")
+    wide[:, 3:259] = case.x
+    check(run(replace(case, x=wide[:, 3:259])), case)
+
+
+@pytest.mark.parametrize("tokens", [65, 1000])
+def test_nothing_waits_for_the_device(tokens: int) -> None:
+    case = random_case(SPECS[0], tokens, 513, 256, dtype=torch.bfloat16, device="cuda")
+    weights = [Weight(*case.arguments[2:])]
+    wiring.by_fused(case.x, case.counts, weights, case.spec)  # what is compiled or loaded once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wiring.by_fused(case.x, case.counts, weights, case.spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [65, 1000])
+def test_a_captured_graph_follows_counts(tokens: int) -> None:
+    case = random_case(SPECS[0], tokens, 520, 512, dtype=torch.bfloat16, device="cuda")
+    weights = [Weight(*case.arguments[2:])]
+    wiring.by_fused(case.x, case.counts, weights, case.spec)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (y,) = wiring.by_fused(case.x, case.counts, weights, case.spec)
+    for counts in ((1,), (4,), (2, 4), (1, 2, 3, 4)):
+        case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
+        y.fill_(NAN)
+        graph.replay()
+        check(y, case)
+
+
+def test_calls_take_this_way_and_warmed_ones_compile_nothing() -> None:
+    case = random_case(SPECS[0], 300, 264, 384, dtype=torch.bfloat16, device="cuda")
+    wiring.warm_kernels(SPECS[0], 264, 384, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
+    before = cache.compiled_kernels()
+    for tokens in (65, 300):
+        part = replace(case, x=case.x[:tokens], counts=case.counts[:tokens])
+        check(wiring.by_fused(part.x, part.counts, [Weight(*part.arguments[2:])], SPECS[0])[0], part)
+        y = wiring.routed_linear(*part.arguments, SPECS[0], prefill=Prefill.ROUTED)
+        torch.testing.assert_close(y.double(), part.expected(), atol=3e-2, rtol=3e-2)
+    assert cache.compiled_kernels() == before

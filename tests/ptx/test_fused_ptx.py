@@ -1,0 +1,116 @@
+"""sliced_wgmma compiled without a GPU: products overlap with what makes their operands, and nothing spills."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mobiquant_compiler.codegen import cache as kernels
+from mobiquant_compiler.codegen import resources, toolchain
+from mobiquant_compiler.codegen.configs import Target, shared_bytes, wgmma_spec
+from mobiquant_compiler.codegen.signature import Dtypes
+from mobiquant_compiler.spec import KernelSpec, SliceSpec
+
+H100 = Target.of(90)
+BODIES = 3 * 2  # three widths of tiles of tokens, two slice counts
+PRODUCTS = 8  # of 16 columns, in a step
+
+
+def spec_of(small: bool, k: int = 4096, has_bias: bool = False) -> KernelSpec:
+    """Return a kernel of two slices: a quarter of a minute less to compile than one of four."""
+    return wgmma_spec(SliceSpec((2, 2), 64), k, H100, small=small, row_unit=8, has_bias=has_bias)
+
+
+@cache
+def compiled(spec: KernelSpec, dtypes: Dtypes | None = None) -> Any:
+    """Compile once for all tests."""
+    return kernels.compile_for(spec, 90, dtypes)
+
+
+@cache
+def listing(spec: KernelSpec) -> str:
+    """Return the disassembly."""
+    tool = toolchain.cuobjdump()
+    if tool is None:
+        pytest.skip("triton ships no cuobjdump")
+    return resources._listing(tool, compiled(spec).asm["cubin"])
+
+
+@pytest.fixture(autouse=True)
+def gluon() -> None:
+    """Skip, with the reason, where Gluon is not what the kernel needs."""
+    reason = toolchain.gluon_refusal()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_what_it_takes(small: bool) -> None:
+    spec = spec_of(small)
+    found = resources.measure(spec, 90)
+    assert found.fits
+    assert found.local_bytes == 0, "nothing spills"
+    assert found.products == BODIES * PRODUCTS
+    assert found.shared_bytes is not None
+    assert found.shared_bytes <= shared_bytes(spec)
+    assert found.registers is not None
+    assert found.registers * 32 * spec.num_warps * (2 if small else 1) <= 65536, "two small tiles share registers"
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_four_slices_fit_as_well(small: bool) -> None:
+    found = resources.measure(wgmma_spec(SliceSpec(), 4096, H100, small=small, row_unit=8), 90)
+    assert (found.fits, found.local_bytes, found.products) == (True, 0, 2 * BODIES * PRODUCTS)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("k", [64, 4096, 576])
+def test_a_product_runs_while_the_next_operand_is_made(small: bool, k: int) -> None:
+    """ptxas serializes products where it does not understand them: then each waits for all before it."""
+    text = listing(spec_of(small, k))
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
+    assert waits.count("1") == BODIES * PRODUCTS
+    assert waits.count("0") == BODIES, "once, at the end"
+    assert len(re.findall(r"\bHGMMA\.64x", text)) == BODIES * PRODUCTS
+
+
+def test_few_instructions_a_product() -> None:
+    """A warp makes eight values a lane for a product: making them takes less than it would take to multiply by them."""
+    text = listing(spec_of(False))
+    addresses = [(int(a, 16), rest) for a, rest in re.findall(r"(?m)^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+    loops = []
+    for place, (address, instruction) in enumerate(addresses):
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+        if jump and int(jump[1], 16) < address:
+            body = [rest for at, rest in addresses[: place + 1] if at >= int(jump[1], 16)]
+            loops.append((sum("HGMMA" in rest for rest in body), len(body)))
+    steps = [length for products, length in loops if products == PRODUCTS]
+    assert len(steps) >= BODIES
+    assert max(sorted(steps)[:BODIES]) <= 60 * PRODUCTS
+
+
+def test_activations_come_by_the_copy_engine_and_weights_straight_to_registers() -> None:
+    ptx = compiled(spec_of(False)).asm["ptx"]
+    assert "cp.async.bulk.tensor.2d" in ptx
+    assert "mbarrier.try_wait" in ptx
+    assert len(re.findall(r"wgmma\.mma_async\S+m64n256k16", ptx)) == 2 * PRODUCTS
+    assert len(re.findall(r"wgmma\.mma_async\S+m64n64k16", ptx)) == 2 * PRODUCTS
+    assert ".ftz" not in ptx
+    assert "fma.rn" not in ptx, "weights round as the reference"
+
+
+@pytest.mark.parametrize("dtypes", [Dtypes("fp16"), Dtypes("bf16", "fp32")], ids=str)
+def test_other_dtypes(dtypes: Dtypes) -> None:
+    ptx = compiled(spec_of(True, has_bias=True), dtypes).asm["ptx"]
+    kind = {"fp16": "f16", "bf16": "bf16"}[dtypes.x]
+    assert f"f32.{kind}.{kind}" in ptx
+
+
+def test_rows_of_any_number_are_written_one_by_one() -> None:
+    stores = r"st\.global\.v4\.b32"
+    assert re.search(stores, compiled(spec_of(True)).asm["ptx"])
+    odd = wgmma_spec(SliceSpec((2, 2), 64), 4096, H100, small=True)
+    assert not re.search(stores, compiled(odd).asm["ptx"])

@@ -1,0 +1,211 @@
+"""The fused way of long calls without a GPU: when it is taken, why not, and what it hands to kernels."""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mobiquant_compiler import kernels, wiring
+from mobiquant_compiler.codegen import configs, toolchain
+from mobiquant_compiler.codegen.crossover import NEVER, Crossover, Row
+from mobiquant_compiler.launches import Launch, kernels_of
+from mobiquant_compiler.runtime import fused, launch
+from mobiquant_compiler.runtime import prefill as workspace
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.spec import PREFILL_TOKENS, Family, KernelSpec, Layout, Path, Prefill, SliceSpec
+from tests.kernel_cases import integer_case
+
+SPEC = SliceSpec()
+H100 = configs.Target.of(90)
+MANY = PREFILL_TOKENS + 1
+
+
+def tokens_on(device: str, tokens: int, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    """Return what a choice of path may look at, of activations on a device that need not be there."""
+    shape = torch.Size((tokens, 4096))
+    return SimpleNamespace(
+        is_cuda=device == "cuda", device=torch.device(device), dtype=dtype, shape=shape, numel=shape.numel
+    )
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch):
+    """Let there be a GPU, of a compute capability that tests may change, where every crossing is elsewhere."""
+    found = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: tuple(found))
+    monkeypatch.setattr(wiring, "gluon_refusal", lambda: None)
+    table = Crossover("test", (Row(4096, 4096, tokens=500, fused=100, routed=1000, full=200),))
+    monkeypatch.setattr(wiring, "_crossover", lambda device: table)
+    monkeypatch.setattr(workspace, "supports", lambda x, n, k: None if x.dtype is torch.bfloat16 else "no")
+    for cached in (launch.refusal, fused._capability):
+        cached.cache_clear()
+    yield found
+    for cached in (launch.refusal, fused._capability):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize(
+    ("tokens", "prefill", "dtype", "path"),
+    [
+        (99, Prefill.ROUTED, torch.bfloat16, Path.INTEGER),
+        (100, Prefill.ROUTED, torch.bfloat16, Path.FUSED),
+        (999, Prefill.ROUTED, torch.bfloat16, Path.FUSED),
+        (1000, Prefill.ROUTED, torch.bfloat16, Path.WORKSPACE),
+        (1000, Prefill.ROUTED, torch.float16, Path.FUSED),
+        (1000, Prefill.ROUTED, torch.float32, Path.INTEGER),
+        (1000, Prefill.EXACT, torch.bfloat16, Path.INTEGER),
+        (MANY, Prefill.FULL, torch.bfloat16, Path.FUSED),
+        (200, Prefill.FULL, torch.bfloat16, Path.WORKSPACE),
+        (MANY, Prefill.FULL, torch.float32, Path.WORKSPACE),
+        (PREFILL_TOKENS, Prefill.FULL, torch.bfloat16, Path.INTEGER),
+    ],
+    ids=str,
+)
+def test_the_table_decides_between_ways_that_can_be_taken(
+    tokens: int, prefill: Prefill, dtype: torch.dtype, path: Path
+) -> None:
+    assert wiring.path_of(tokens_on("cuda", tokens, dtype), 4096, SPEC, prefill) is path
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "dtype", "cc", "words"),
+    [
+        (SPEC, "cpu", torch.bfloat16, (9, 0), "activations are on cpu"),
+        (SPEC, "cuda", torch.float32, (9, 0), "float32, not bfloat16 or float16"),
+        (SliceSpec((4, 2, 2)), "cuda", torch.bfloat16, (9, 0), r"slices are \(4, 2, 2\) in slice_major"),
+        (SliceSpec((2, 2), 64, Layout.BIT_MAJOR), "cuda", torch.bfloat16, (9, 0), "in bit_major"),
+        (SPEC, "cuda", torch.bfloat16, (8, 9), "the GPU is sm_89, not sm_90"),
+        (SPEC, "cuda", torch.bfloat16, (10, 0), "the GPU is sm_100, not sm_90"),
+    ],
+)
+def test_refusals_say_why_and_calls_go_another_way(
+    spec: SliceSpec, device: str, dtype: torch.dtype, cc: tuple[int, int], words: str, capability: list[int]
+) -> None:
+    capability[:] = cc
+    x = tokens_on(device, 500, dtype)
+    assert re.search(words, str(wiring.fused_refusal(x, spec)))
+    for prefill in Prefill:
+        assert wiring.path_of(x, 4096, spec, prefill) is not Path.FUSED
+
+
+@pytest.mark.usefixtures("capability")
+def test_a_triton_without_gluon_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> ModuleType:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(toolchain, "import_module", find)
+    toolchain.gluon_refusal.cache_clear()
+    kernels.gluon_refusal.cache_clear()
+    try:
+        assert "has no Gluon (No module named 'triton.experimental.gluon')" in str(kernels.gluon_refusal())
+        monkeypatch.setattr(wiring, "gluon_refusal", kernels.gluon_refusal)
+        assert wiring.path_of(tokens_on("cuda", 500), 4096, SPEC, Prefill.ROUTED) is Path.WORKSPACE
+        monkeypatch.setattr(toolchain, "import_module", lambda name: ModuleType(name))
+        toolchain.gluon_refusal.cache_clear()
+        assert "lacks jit, constexpr_function, DistributedLinearLayout" in str(toolchain.gluon_refusal())
+    finally:
+        toolchain.gluon_refusal.cache_clear()
+        kernels.gluon_refusal.cache_clear()
+
+
+class Notes:
+    """A kernel that launches nothing."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self.launches: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+
+    def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Take note."""
+        self.launches.append((grid, arguments))
+
+
+def weight(n: int, k: int, bias: bool = False) -> Weight:
+    """Return a weight of n rows."""
+    case = integer_case(SPEC, 1, n, k, bias=bias)
+    return Weight(case.slices, case.scale, case.zero, case.bias)
+
+
+def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
+    """Return the kernel for a weight, without its code."""
+    return Notes(configs.wgmma_spec(SPEC, k, H100, small=small, row_unit=fused.row_unit(n), has_bias=bias))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "small", "grid"),
+    [(65, 128, False, 4), (256, 129, False, 8), (257, 128, False, 5), (65, 64, True, 4), (129, 65, True, 10)],
+)
+def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool, grid: int) -> None:
+    """Tiles of tokens, one more for each further count, times tiles of rows."""
+    k = 200
+    gathered = fused.GatheredTokens(
+        torch.zeros(tokens, 256, dtype=torch.float16),
+        torch.zeros(tokens, dtype=torch.int32),
+        torch.zeros(5, dtype=torch.int32),
+    )
+    kernel = noted(n, k, small)
+    y = fused.multiply(kernel, gathered, weight(n, k))
+    assert (y.shape, y.dtype) == ((tokens, n), torch.float16)
+    ((found, arguments),) = kernel.launches
+    assert found == (grid,)
+    assert arguments["row_units"] * kernel.spec.row_unit == n
+    assert arguments["tokens"] == tokens
+    assert arguments["bias_ptr"] is None
+
+
+def test_words_that_are_not_aligned_are_copied() -> None:
+    one, k = weight(16, 128), 128
+    memory = torch.zeros(one.slices.numel() + 1, dtype=torch.int32)
+    memory[1:] = one.slices.view(-1)
+    moved = Weight(memory[1:].view(one.slices.shape), one.scale, one.zero, None)
+    assert moved.slices.data_ptr() % 16
+    kernel = noted(16, k, True)
+    gathered = fused.GatheredTokens(torch.zeros(1, 128), torch.zeros(1, dtype=torch.int32), torch.zeros(5))
+    fused.multiply(kernel, gathered, moved)
+    handed = kernel.launches[0][1]["slices_ptr"]
+    assert handed.data_ptr() % 16 == 0
+    assert torch.equal(handed, one.slices)
+
+
+def test_no_tokens_launch_nothing() -> None:
+    (y,) = fused.fused_linears(
+        Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, 128, configs.TokenClass.MANY, H100)),
+        lambda one, tokens: pytest.fail("no kernel is asked for"),
+        torch.zeros(2, 0, 128),
+        torch.zeros(2, 0, dtype=torch.int32),
+        [weight(16, 128)],
+    )
+    assert y.shape == (2, 0, 16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "cc", "parts", "families"),
+    [
+        (SPEC, torch.bfloat16, 90, 1, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 2}),
+        (SPEC, torch.float16, 90, 3, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 4}),
+        (SPEC, torch.float32, 90, 1, {}),
+        (SPEC, torch.bfloat16, 100, 1, {}),
+        (SliceSpec((4, 2)), torch.bfloat16, 90, 1, {}),
+    ],
+    ids=str,
+)
+def test_launches_list_their_kernels(
+    spec: SliceSpec, dtype: torch.dtype, cc: int, parts: int, families: dict[Family, int]
+) -> None:
+    one = Launch(spec, 4096, 4096, torch.device("cuda"), dtype, parts=parts)
+    target, many = configs.Target.of(cc), [configs.TokenClass.MANY]
+    found = [kernel.family for kernel in kernels_of(one, target, many, workspace=True)]
+    for family in (Family.GATHER_TOKENS, Family.SLICED_WGMMA):
+        assert found.count(family) == families.get(family, 0)
+    assert Family.SLICED_WGMMA not in {kernel.family for kernel in kernels_of(one, target, many, workspace=False)}
+
+
+def test_rows_that_a_table_leaves_out_never_take_it() -> None:
+    table = Crossover("test", (Row(4096, 4096, 300),))
+    assert table.rows[0].fused == NEVER
+    assert table.path(1 << 20, 4096, 4096, fused=True) is Path.WORKSPACE

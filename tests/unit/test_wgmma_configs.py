@@ -1,0 +1,63 @@
+"""Tiles of the fused prefill kernel: which there are, what they fit, and which a call takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mobiquant_compiler.codegen import boxes, specialise
+from mobiquant_compiler.codegen.configs import Target, fits, shared_bytes, wgmma_is_small, wgmma_spec
+from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
+from mobiquant_compiler.runtime.fused import takes_slices
+from mobiquant_compiler.spec import Layout, SliceSpec
+
+H100 = Target.of(90)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("k", [32, 100, 576, 4096, 14336, 53248])
+@pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)])
+def test_both_tiles_fit_a_hopper(widths: tuple[int, ...], k: int, group: int) -> None:
+    for small in (False, True):
+        spec = wgmma_spec(SliceSpec(widths, group), k, H100, small=small, row_unit=8, has_bias=True)
+        assert fits(spec, H100)
+        assert spec.k == SliceSpec(widths, group).padded(k)
+        assert spec.block_n == 16 * spec.num_warps, "a warp has sixteen rows"
+        specialise.specialise(spec)
+        boxes_of = [boxes.box_of(name, spec)[0] for name in ("x_desc", "x_half_desc", "x_quarter_desc")]
+        assert boxes_of == [spec.block_m, spec.block_m // 2, spec.block_m // 4]
+
+
+def test_two_small_tiles_share_a_multiprocessor() -> None:
+    assert 2 * shared_bytes(wgmma_spec(SliceSpec(), 4096, H100, small=True)) <= H100.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("widths", "layout"), [((4, 2), "slice_major"), ((1,) * 8, "bit_major"), ((2, 2), "bit_major")]
+)
+def test_slices_that_the_kernel_does_not_know_are_refused(widths: tuple[int, ...], layout: str) -> None:
+    spec = SliceSpec(widths, 64, Layout(layout))
+    assert not takes_slices(spec)
+    with pytest.raises(BadKernelSpec, match="kernel sliced_wgmma"):
+        specialise.specialise(wgmma_spec(spec, 4096, H100, small=False))
+
+
+def test_older_multiprocessors_have_no_room_for_it() -> None:
+    with pytest.raises(KernelDoesNotFit, match="sliced_wgmma"):
+        wgmma_spec(SliceSpec(), 4096, Target.of(89), small=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "small"),
+    [
+        (65, 4096, True),
+        (256, 4096, True),
+        (512, 4096, False),
+        (1024, 4096, False),
+        (128, 28672, True),
+        (256, 28672, False),
+        (256, 14336, False),
+    ],
+)
+def test_small_tiles_are_for_few_programs(tokens: int, n: int, small: bool) -> None:
+    """As measured on an H100, tokens alike and mixed together."""
+    assert wgmma_is_small(tokens, n, 4) is small
