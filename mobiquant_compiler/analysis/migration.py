@@ -148,7 +148,7 @@ def outlier_migration(
     inputs that the linear has in the reference run; there, what routing does to the layers before plays no part.
 
     Args:
-        model: Elastic model, not compiled.
+        model: Elastic model; what of it is compiled runs eagerly.
         windows: Ids [count, length].
         budgets: The lower and the higher budget.
         share: See above.

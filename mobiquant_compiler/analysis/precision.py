@@ -58,7 +58,7 @@ def average_precision(
     """Run the model at each budget and return the bits that each linear's tokens used.
 
     Args:
-        model: Elastic model, not compiled.
+        model: Elastic model; what of it is compiled runs eagerly.
         windows: Ids [count, length].
         budgets: Average weight bits.
         progress: Called with stage, done, total.

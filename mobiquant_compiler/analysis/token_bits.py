@@ -69,7 +69,7 @@ def token_bits(
     """Run one text at a budget and return the slice counts that each of its tokens used.
 
     Args:
-        model: Elastic model, not compiled.
+        model: Elastic model; what of it is compiled runs eagerly.
         ids: Token ids [T].
         bits: Budget.
         progress: Called with stage, done, total.

@@ -87,13 +87,15 @@ class _Watch(TorchFunctionMode):
 def watch_linears(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Within the block, show every call of an elastic linear of `model` to `observer`.
 
+    Compiled code runs eagerly meanwhile: inside a graph there is no single linear to be seen.
+
     Args:
-        model: Elastic model, not compiled.
+        model: Elastic model.
         observer: Called with each `Call`. What it returns becomes the linear's output; None leaves the linear to give
             what it gives with the counts that its router chose.
 
     Raises:
         NotElastic: the model has no elastic linear.
     """
-    with _Watch(linears_of(model, "watch_linears"), observer):
+    with _Watch(linears_of(model, "watch_linears"), observer), torch.compiler.set_stance("force_eager"):
         yield

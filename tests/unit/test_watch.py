@@ -78,6 +78,24 @@ def test_linears_of_other_models_are_left_alone(elastic: nn.Module) -> None:
         assert run(other, tokens(1, 4)).isfinite().all()
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_models_are_seen_too(elastic: nn.Module) -> None:
+    ids, seen = tokens(1, 8), []
+    whole = torch.compile(elastic, backend="eager")
+    run(whole, ids)
+    with watch_linears(whole, lambda call: seen.append(call.name)):
+        run(whole, ids)
+    assert seen == list(elastic_linears(elastic))
+    with torch.no_grad():
+        layer = torch.compile(elastic.layers[0], backend="eager")
+        x = elastic.embed(ids)
+        layer(x)
+        seen.clear()
+        with watch_linears(elastic, lambda call: seen.append(call.name)):
+            layer(x)
+    assert len(seen) == 7
+
+
 def test_a_plain_model() -> None:
     with pytest.raises(NotElastic, match="TinyLM has no elastic linear"), watch_linears(tiny_lm(), lambda call: None):
         pass
