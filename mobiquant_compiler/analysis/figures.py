@@ -110,9 +110,10 @@ def _draw_errors(axes: Any, low: TokenErrors, high: TokenErrors, share: float, r
     axes.set_ylabel(f"error at {high.budget:g} bits (achieved {high.achieved_bits:.2f}), nats")
     name = "with routing" if low.routed else "without routing"
     axes.set_title(
-        f"{name}: {row['overlap']:.0%} of the worst tokens stay, rank correlation {row['rank_correlation']:.2f}"
+        f"{name}: {row['overlap']:.0%} of the worst tokens stay\nrank correlation {row['rank_correlation']:.2f}"
     )
-    axes.grid(color=_GRID, linewidth=0.6, zorder=0)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def draw_precision(rows: Sequence[LinearBits], path: Path, title: str = "") -> Path:

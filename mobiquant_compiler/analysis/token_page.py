@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+import torch
+
 from mobiquant_compiler.analysis.token_bits import TokenBits
 
 SHADES = 8
+TAIL = 0.02  # share of tokens at either end that do not stretch the scale: the first of a text is often far off
 _LIGHT = ("#f4f8fb", "#e0ecf5", "#cbdff0", "#b1d0e8", "#93bfe0", "#74add6", "#559acb", "#3c88bf")
 _DARK = ("#1b232b", "#1c2a37", "#1d3345", "#1f3d56", "#214768", "#23527a", "#255d8c", "#27689e")
 _STYLE = """
@@ -36,10 +39,10 @@ def _shades() -> str:
 
 
 def shade(bits: float, low: float, high: float) -> int:
-    """Return which of the shades stands for `bits`, between the least and the greatest of the page."""
+    """Return which of the shades stands for `bits`; the first is for `low` and less, the last for `high` and more."""
     if high <= low:
         return 0
-    return min(SHADES - 1, int((bits - low) / (high - low) * SHADES))
+    return max(0, min(SHADES - 1, int((bits - low) / (high - low) * SHADES)))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -56,16 +59,16 @@ def token_page(found: TokenBits, texts: Sequence[str], title: str) -> str:
         title: What model and text these are; escaped here.
     """
     bits = found.bits.tolist()
-    low, high = min(bits), max(bits)
+    low, high = torch.quantile(found.bits.double(), torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)).tolist()
     spans = [
         _token(text, value, counts, found.layers, shade(value, low, high))
         for text, value, counts in zip(texts, bits, found.counts.tolist(), strict=True)
     ]
     mean = sum(bits) / len(bits)
     head = (
-        f"<p>Budget {found.budget:g} bits; achieved {mean:.2f} on these {len(bits)} tokens, each {low:.2f} to "
-        f"{high:.2f}. The darker the blue (in dark mode: the brighter), the more bits a token used, averaged over all "
-        "linears weighted by their parameters.</p>"
+        f"<p>Budget {found.budget:g} bits; achieved {mean:.2f} on these {len(bits)} tokens, {min(bits):.2f} "
+        f"to {max(bits):.2f} each. The darker the blue (in dark mode: the brighter), the more bits a token used, "
+        "averaged over all linears weighted by their parameters.</p>"
     )
     note = "Hover over a token for its mean slice count in each layer."
     if found.left_out:
@@ -89,7 +92,8 @@ def _legend(low: float, high: float) -> str:
     if high <= low:
         return f'<span class="key s0">{low:.2f} bits</span>'
     step = (high - low) / SHADES
-    keys = [f"{low + i * step:.2f} - {low + (i + 1) * step:.2f}" for i in range(SHADES)]
+    keys = [f"{low + i * step:.2f} - {low + (i + 1) * step:.2f}" for i in range(1, SHADES - 1)]
+    keys = [f"up to {low + step:.2f}", *keys, f"from {high - step:.2f}"]
     return "".join(f'<span class="key s{i}">{text}</span>' for i, text in enumerate(keys)) + " bits"
 
 

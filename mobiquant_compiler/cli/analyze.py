@@ -47,7 +47,7 @@ class Job:
     facts: dict[str, Any]
 
     def write(
-        self, name: str, rows: Sequence[Any], summary: Any, draw: Callable[..., Path], drawn: Any
+        self, name: str, rows: Sequence[Any], summary: Any, draw: Callable[..., Path], drawn: Any, title: str = ""
     ) -> dict[str, Any]:
         """Write NAME.csv, NAME.json and, if wanted, NAME.png; return the summary with the files."""
         from mobiquant_compiler.analysis.tables import write_csv, write_json
@@ -55,7 +55,7 @@ class Job:
         files = [write_csv(self.folder / f"{name}.csv", rows)]
         files.append(write_json(self.folder / f"{name}.json", {**self.facts, "analysis": name, "summary": summary}))
         if self.png:
-            files.append(draw(drawn, self.folder / f"{name}.png", self.title))
+            files.append(draw(drawn, self.folder / f"{name}.png", title or self.title))
         return {"analysis": name, "summary": summary, "files": [str(file) for file in files]}
 
 
@@ -189,7 +189,7 @@ def _tokens(job: Job, source: str, budget: float) -> dict[str, Any]:
     found = token_bits(job.loaded.model, job.windows[0], budget, job.report)
     texts = token_texts(job.loaded.need_tokenizer(source), found.ids.tolist())
     title = f"Bits by token: {Path(source).name}, budget {budget:g}"
-    result = job.write("tokens", found.rows(texts), found.summary(), draw_tokens, found)
+    result = job.write("tokens", found.rows(texts), found.summary(), draw_tokens, found, title)
     page = job.folder / "tokens.html"
     page.write_text(token_page(found, texts, title), encoding="utf-8")
     return {**result, "files": [*result["files"], str(page)]}

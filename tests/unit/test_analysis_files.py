@@ -82,6 +82,16 @@ class TestPage:
         expected = f"{float(found.bits[2]):.2f} bits\nlayer 0: {float(found.counts[2, 0]):.2f}\nlayer 1: "
         assert page.tokens[2][2].startswith(expected)
 
+    def test_one_token_far_off_does_not_take_the_scale(self) -> None:
+        bits = torch.cat([torch.tensor([2.0]), torch.linspace(4, 5, 99, dtype=torch.float64)])
+        found = TokenBits(4.0, torch.arange(100), bits, ("0",), bits.unsqueeze(1) / 2, 4)
+        page = token_page(found, ["x"] * 100, "t")
+        shades = [int(name.removeprefix("s")) for _, name, _ in Page(page).tokens]
+        assert set(shades) == set(range(SHADES))
+        assert "2.00 to 5.00 each" in page
+        assert ">up to 4.1" in page
+        assert ">from 4.8" in page
+
     def test_both_themes_have_every_shade(self) -> None:
         light, _, dark = token_page(bits_of(2), ["a", "b"], "t").partition("prefers-color-scheme: dark")
         for number in range(SHADES):
@@ -97,7 +107,8 @@ class TestPage:
 
     def test_shades_of_equal_bits(self) -> None:
         assert shade(4, 4, 4) == 0
-        assert shade(8, 2, 8) == SHADES - 1
+        assert shade(8, 2, 8) == shade(9, 2, 8) == SHADES - 1
+        assert shade(2, 2, 8) == shade(1, 2, 8) == 0
         page = token_page(
             TokenBits(8.0, torch.arange(1), torch.full((1,), 8.0), ("0",), torch.full((1, 1), 4.0), 4), ["a"], "t"
         )
