@@ -84,26 +84,32 @@ class _Walk:
         self.alone = True
         for window in windows:
             outputs = self._catch(window)
-            if not self.others[-1] or len(self.others[-1]) != len(blocks):
-                self.alone = False
+            if len(self.others[-1]) != len(blocks) or len(self.hidden) != len(self.others):
+                self.alone = False  # a block that ran twice, not at all, or on no tensor
             elif len(self.hidden) == 1:
                 self.alone = self._reproduces(outputs)
             if not self.alone:
                 break
 
     def _catch(self, window: Tensor) -> list[Tensor]:
-        """Run one window through the model; keep what the first block got, and what each got besides."""
+        """Run one window through the model; keep what the first block got, and what each got besides.
+
+        Returns:
+            What each block gave, of the first window only.
+        """
         others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Tensor] = []
+        first = not self.others
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             args, kwargs = _with_hidden_first(args, kwargs)
-            if not others:
-                self.hidden.append(args[0].detach())
+            if not others and args and isinstance(args[0], Tensor):
+                self.hidden.append(args[0].detach().clone())  # the block may write to it
             others.append((args[1:], kwargs))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(_hidden_of(output))
+            if first:  # a copy, as above
+                outputs.append(_hidden_of(output).clone())
 
         handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]
         handles += [b.register_forward_hook(after) for b in self.blocks]
@@ -126,7 +132,8 @@ class _Walk:
 
     def _through(self, index: int, window: int, hidden: Tensor) -> Tensor:
         args, kwargs = self.others[window][index]
-        return _hidden_of(self.blocks[index](hidden, *args, **kwargs))
+        # A copy, as some blocks add to their input in place, and it is needed again.
+        return _hidden_of(self.blocks[index](hidden.clone(), *args, **kwargs))
 
     def run(self, index: int) -> None:
         """Run all windows through one block, for what hooks see of it."""
@@ -145,8 +152,10 @@ class _Walk:
 def _with_hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return args, kwargs
-    name, value = next((key, v) for key, v in kwargs.items() if isinstance(v, Tensor))
-    return (value,), {key: v for key, v in kwargs.items() if key != name}
+    name = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+    if name is None:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _hidden_of(output: Any) -> Tensor:

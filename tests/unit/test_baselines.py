@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -220,34 +221,82 @@ class TestBlocks:
             for there, here in zip(seen[name], walked[name], strict=True):
                 assert torch.allclose(there.reshape(-1), here.reshape(-1), rtol=1e-3, atol=1e-4), name
 
-    def test_blocks_that_cannot_run_alone_get_the_whole_model(self) -> None:
-        class Memory(nn.Module):
-            """Its blocks hand something on beside the hidden state."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.embed = nn.Embedding(128, 32)
-                self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-                self.head = nn.Linear(32, 128)
-
-            def forward(self, ids: Tensor) -> Tensor:
-                x = self.embed(ids)
-                for block in self.blocks:
-                    x = x + block(x)  # the residual is outside of the block
-                return self.head(x)
-
+    @pytest.mark.parametrize("kind", ["residual outside", "twice", "in place", "keyword", "no tensor"])
+    def test_odd_blocks_see_their_true_inputs_too(self, kind: str) -> None:
+        """What a block gives alone may not be what the model makes of it: then the whole model runs."""
         torch.manual_seed(0)
-        model, ids = Memory().eval(), tokens(2, 8)
+        model, ids = Odd(kind).eval(), tokens(2, 8)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        calls = []
-        model.head.register_forward_pre_hook(lambda module, args: calls.append(1))
+        seen: dict[str, list[Tensor]] = {}
+        for name, module in linears.items():
+            module.register_forward_pre_hook(
+                lambda mod, args, kwargs, n=name: seen.setdefault(n, []).append(_first([*args, *kwargs.values()])),
+                with_kwargs=True,
+            )
+        calls: list[int] = []
+        model.embed.register_forward_pre_hook(lambda module, args: calls.append(1))
+        order, whole_runs = [], []
         with torch.no_grad():
-            order = []
             for names, run in stages(model, linears, ids):
+                seen.clear()
                 calls.clear()
                 run()
-                order.append((names, len(calls)))
-        assert order == [(["blocks.0"], 2), (["blocks.1"], 2), (["blocks.2"], 2), (["head"], 2)]
+                whole_runs.append(len(calls))
+                walked = {name: seen[name] for name in names}
+                seen.clear()
+                for window in ids:
+                    model(window.unsqueeze(0))
+                for name in names:
+                    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(walked[name], seen[name], strict=True))
+                    linears[name].weight.mul_(1.5)
+                order += names
+        assert order == ["blocks.0", "blocks.1", "blocks.2", "head"]
+        alone = kind in ("in place", "keyword")
+        assert whole_runs == ([0, 0, 0, 2] if alone else [2] * 4)
+
+
+class OddBlock(nn.Linear):
+    """A linear that may take a list, or write to its input."""
+
+    in_place = False
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        x = x[0] if isinstance(x, list) else x
+        if self.in_place:
+            x += 1
+        return super().forward(x)
+
+
+class Odd(nn.Module):
+    """Blocks that a model does not just call one after the other."""
+
+    STEPS: ClassVar = {
+        "residual outside": lambda block, x: x + block(x),
+        "twice": lambda block, x: block(block(x)),
+        "in place": lambda block, x: block(x),
+        "keyword": lambda block, x: block(x=x),
+        "no tensor": lambda block, x: block([x]),
+    }
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.step = self.STEPS[kind]
+        self.embed = nn.Embedding(128, 32)
+        self.blocks = nn.ModuleList(OddBlock(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, 128)
+        for block in self.blocks:
+            block.in_place = kind == "in place"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = self.step(block, x)
+        return self.head(x)
+
+
+def _first(values: list[Tensor | list[Tensor]]) -> Tensor:
+    value = values[0]
+    return (value[0] if isinstance(value, list) else value).clone()
 
 
 class TestMeasure:
