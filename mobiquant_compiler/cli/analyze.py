@@ -11,6 +11,7 @@ import typer
 
 from mobiquant_compiler.cli.console import (
     Report,
+    check_budgets,
     names,
     numbers,
     out,
@@ -137,20 +138,27 @@ def _run(job: Job, plan: Plan, chosen: Sequence[str], options: dict[str, Any]) -
 
     plain = load(plan.reference, str(job.loaded.device), None, job.report) if plan.reference else None
     model = job.loaded.model
-    asked = {"migration": options["pair"], "tokens": (options["token_budget"],), "precision": plan.budgets}
-    wanted = [budget for name, budgets in asked.items() if name in chosen for budget in budgets]
     if elastic_linears(model):
-        pick_budgets(model, wanted)  # before the long part, if that is possible
+        _check_budgets(model, plan, chosen, options)  # before the long part, if that is possible
     if "curve" in chosen:
         yield _curve(job, plan, plain)
     plan.slicing.apply(job.loaded, plan.model, job.report)
-    pick_budgets(model, wanted)
+    _check_budgets(model, plan, chosen, options)
     if "migration" in chosen:
         yield _migration(job, options["pair"], options["share"])
     if "precision" in chosen:
         yield _precision(job, pick_budgets(model, plan.budgets))
     if "tokens" in chosen:
         yield _tokens(job, plan.model, options["token_budget"])
+
+
+def _check_budgets(model: Any, plan: Plan, chosen: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse budgets that the model cannot give, by the option they came with."""
+    check_budgets(model, plan.budgets)
+    if "migration" in chosen:
+        check_budgets(model, options["pair"], "--pair")
+    if "tokens" in chosen:
+        check_budgets(model, [options["token_budget"]], "--token-budget")
 
 
 def _curve(job: Job, plan: Plan, plain: Loaded | None) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def positive(value: int, option: str) -> int:
     return value
 
 
-def check_budgets(model: Any, budgets: Sequence[float]) -> None:
+def check_budgets(model: Any, budgets: Sequence[float], option: str = "--budgets") -> None:
     """Refuse a budget that the model cannot give before the first long computation.
 
     Raises:
@@ -164,7 +164,7 @@ def check_budgets(model: Any, budgets: Sequence[float]) -> None:
         for bits in budgets:
             set_budget(model, bits)
     except BudgetOutOfRange as error:
-        raise BudgetOutOfRange(**error.fields | {"where": "--budgets"}) from None
+        raise BudgetOutOfRange(**error.fields | {"where": option}) from None
     finally:
         set_budget(model, before)
 
