@@ -260,6 +260,10 @@ class PackageMissing(ModelError):
     message = "{what} needs the package {package}; install it with `{command}`."
 
 
+class NotADirectory(ModelError):
+    message = "{path}: results go into a folder; got a file. Name a new or existing folder."
+
+
 class TextTooShort(ModelError):
     message = "{where}: the text gives {got} tokens; wanted at least {wanted}. Use a longer text or shorter windows."
 

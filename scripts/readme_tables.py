@@ -1,11 +1,11 @@
-"""Draw the README's tables from the JSON under benchmarks/results, between markers: no number without its row.
+"""Draw the tables of the documents from the JSON under benchmarks/results, between markers: no number without its row.
 
     <!-- table: cpu/quality_datafree.json text=wikitext2 columns=budget,achieved_bits,perplexity -->
     (drawn)
     <!-- end table -->
 
-``list=summary`` draws another list of the file than its rows. ``--check`` writes nothing and exits 1 where the README
-differs from its results.
+``list=summary`` draws another list of the file than its rows. ``--check`` writes nothing and exits 1 where a
+document differs from its results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+=\S+)*) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """Return the files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def cell(value: Any) -> str:
@@ -66,16 +71,17 @@ def redraw(text: str, results: Path = RESULTS) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Redraw README.md, or check it."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    drawn = redraw(text)
-    if "--check" in arguments:
-        if drawn != text:
-            print("README.md: its tables differ from benchmarks/results; run `make readme`")
-        return int(drawn != text)
-    path.write_text(drawn, encoding="utf-8")
-    return 0
+    """Redraw every document, or check it."""
+    stale = 0
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        drawn = redraw(text)
+        if "--check" not in arguments:
+            path.write_text(drawn, encoding="utf-8")
+        elif drawn != text:
+            print(f"{path.relative_to(ROOT)}: its tables differ from benchmarks/results; run `make readme`")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mobiquant_compiler.cli import bench, demo, emit, evaluate, generate, graphs, quantize, tune
+from mobiquant_compiler.cli import analyze, bench, demo, emit, evaluate, generate, graphs, quantize, tune
 from mobiquant_compiler.cli.console import user_error
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (demo, quantize, evaluate, generate, bench, tune, graphs, emit):
+for group in (demo, quantize, evaluate, analyze, generate, bench, tune, graphs, emit):
     group.register(app)
 
 

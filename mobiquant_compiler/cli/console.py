@@ -16,6 +16,7 @@ from rich.table import Table
 from mobiquant_compiler.errors import BadOption, BudgetOutOfRange, MobiQuantError
 
 PIPE_WIDTH = 160  # columns of a table that no terminal limits
+DEFAULT_BUDGETS = (8.0, 6.0, 5.0, 4.0, 3.0)
 Report = Callable[[str, int, int], None]
 
 
@@ -133,6 +134,11 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
         raise BadOption(where="command line", name=option, got=text, wanted=wanted) from None
 
 
+def names(text: str) -> list[str]:
+    """Read names separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def positive(value: int, option: str) -> int:
     """Return a count that must be at least 1.
 
@@ -144,7 +150,7 @@ def positive(value: int, option: str) -> int:
     return value
 
 
-def check_budgets(model: Any, budgets: Sequence[float]) -> None:
+def check_budgets(model: Any, budgets: Sequence[float], option: str = "--budgets") -> None:
     """Refuse a budget that the model cannot give before the first long computation.
 
     Raises:
@@ -158,9 +164,27 @@ def check_budgets(model: Any, budgets: Sequence[float]) -> None:
         for bits in budgets:
             set_budget(model, bits)
     except BudgetOutOfRange as error:
-        raise BudgetOutOfRange(**error.fields | {"where": "--budgets"}) from None
+        raise BudgetOutOfRange(**error.fields | {"where": option}) from None
     finally:
         set_budget(model, before)
+
+
+def pick_budgets(model: Any, wanted: Sequence[float]) -> list[float]:
+    """Return the budgets to measure: those asked for, else of 8, 6, 5, 4 and 3 those that an elastic model can give.
+
+    Raises:
+        BudgetOutOfRange: one was asked for that cannot be.
+        NotElastic: the model has no slices.
+    """
+    from mobiquant_compiler.budgets import linears_of
+    from mobiquant_compiler.runtime.budget import budget_range
+    from mobiquant_compiler.runtime.telemetry import routers_of
+
+    if wanted:
+        check_budgets(model, wanted)
+        return list(wanted)
+    low, high = budget_range(routers_of(linears_of(model, "budgets")))
+    return [bits for bits in DEFAULT_BUDGETS if low <= bits <= high] or [high]
 
 
 def user_error(error: BaseException) -> str | None:

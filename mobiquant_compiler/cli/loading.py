@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mobiquant_compiler.cli.console import Report
+from mobiquant_compiler.cli.console import Report, note
 from mobiquant_compiler.errors import BadOption
 
 if TYPE_CHECKING:
@@ -80,6 +80,49 @@ def text_windows(loaded: Loaded, source: str, text: str, windows: int, length: i
     from mobiquant_compiler.evaluation import load_text, make_windows
 
     return make_windows(loaded.need_tokenizer(source), load_text(text), windows, length, where=text)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a plain model is quantized on the way to being measured, and what static methods calibrate on.
+
+    Attributes:
+        calibration: A text as of `load_text`, or "none".
+        windows: Its windows.
+        length: Tokens a window.
+        group: "auto" or columns a scale.
+    """
+
+    calibration: str
+    windows: int
+    length: int
+    group: str
+
+    def config(self) -> Any:
+        """Return the SliceConfig.
+
+        Raises:
+            BadOption: not a group.
+        """
+        from mobiquant_compiler.config import SliceConfig
+
+        return SliceConfig(group=int(self.group) if self.group.isdigit() else self.group)
+
+    def tokens(self, loaded: Loaded, source: str) -> Any:
+        """Return the calibration windows, None for "none"."""
+        if self.calibration == "none":
+            return None
+        return text_windows(loaded, source, self.calibration, self.windows, self.length)
+
+    def apply(self, loaded: Loaded, source: str, report: Report) -> None:
+        """Quantize a plain model in place; leave an elastic one as it is."""
+        from mobiquant_compiler.linear import elastic_linears
+        from mobiquant_compiler.quantize import quantize_
+
+        if elastic_linears(loaded.model):
+            return
+        coverage = quantize_(loaded.model, self.config(), calibration=self.tokens(loaded, source), progress=report)
+        note(f"{source} has plain weights, sliced for this run (`mobiquant quantize` keeps them): {coverage}")
 
 
 def compiled(model: Any) -> Any:

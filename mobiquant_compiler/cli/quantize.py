@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mobiquant_compiler.cli.checking import QuickCheck
 from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json, whole_numbers
+from mobiquant_compiler.cli.evaluate import RATIO_HELP
 from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, text_windows
 from mobiquant_compiler.errors import BadOption
 
@@ -38,9 +40,14 @@ def quantize(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     strict: Annotated[bool, typer.Option(help="Make a layer that is left alone an error.")] = False,
+    check_windows: Annotated[
+        int, typer.Option(help="Windows of Python's own documentation on which budgets are checked; 0 for no check.")
+    ] = 2,
+    warn_ratio: Annotated[float, typer.Option(help=RATIO_HELP)] = 1.25,
     as_json: Annotated[bool, typer.Option("--json", help="Print the coverage as JSON.")] = False,
 ) -> None:
-    """Turn a model's linear layers into slices and save the checkpoint."""
+    """Turn a model's linear layers into slices, check what budgets cost, and save the checkpoint."""
+    QuickCheck.refuse(check_windows, warn_ratio)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
     import mobiquant_compiler as mq
     from mobiquant_compiler.checkpoint import save
@@ -48,10 +55,12 @@ def quantize(
     with progress() as report:
         loaded = load(model, device, dtype, report)
         tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
+        check = QuickCheck(loaded, model, check_windows, positive(length, "--length"), warn_ratio, report)
         coverage = mq.quantize_(loaded.model, config, calibration=tokens, budget=budget, strict=strict, progress=report)
+        checked = check.run(budget)
     where = save(loaded.model, output, tokenizer=loaded.tokenizer)
     if as_json:
-        show_json({"checkpoint": str(where), **coverage.to_dict()})
+        show_json({"checkpoint": str(where), **coverage.to_dict(), "check": checked})
         return
     note(str(coverage))
     out().print(f"saved {where}", markup=False, soft_wrap=True)

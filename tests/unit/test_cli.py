@@ -13,60 +13,19 @@ import torch
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
-from mobiquant_compiler.cli import main
 from mobiquant_compiler.cli.console import user_error
 from mobiquant_compiler.errors import NotElastic
-from tests.model_dirs import byte_llama, byte_tokenizer, save_plain
+from tests.model_dirs import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--windows", "2", "--length", "32")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_plain(tmp_path_factory.mktemp("plain") / "m"))
-
-
-@pytest.fixture(scope="module")
-def elastic(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = byte_llama()
-    ids = torch.arange(128).view(4, 32) * 7 % 257
-    mq.quantize_(model, mq.SliceConfig(floor={"*.down_proj": 2}), calibration=ids, budget=5)
-    return str(checkpoint.save(model, tmp_path_factory.mktemp("elastic") / "c", tokenizer=byte_tokenizer()))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process; returns exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as info:
-            main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return int(info.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def fails(run: Run) -> Callable[..., str]:
-    """Run something wrong; returns its one line."""
-
-    def call(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        lines = [line for line in err.splitlines() if line.startswith("mobiquant: ")]
-        assert (code, len(lines)) == (2, 1), (code, out, err)
-        assert "Traceback" not in err
-        return lines[0]
-
-    return call
 
 
 class TestHelp:
     def test_lists_every_command(self, run: Run) -> None:
         code, out, _ = run("--help")
         assert code == 0
-        used = ("demo", "quantize", "eval", "generate", "bench", "inspect")
+        used = ("demo", "quantize", "eval", "analyze", "generate", "bench", "inspect")
         for name in (*used, "tune", "dump", "emit", "explain", "passes"):
             assert f"\n  {name} " in out
         assert "--install-completion" in out
@@ -200,8 +159,14 @@ class TestEval:
     def test_bad_options(self, fails: Callable[..., str], elastic: str, options: list[str], words: str) -> None:
         assert words in fails("eval", elastic, *options)
 
-    def test_budget_of_a_plain_model(self, fails: Callable[..., str], plain: str) -> None:
-        assert "no elastic linear" in fails("eval", plain, "--budgets", "4", *SMALL)
+    def test_budget_of_a_plain_model_slices_it_first(self, run: Run, plain: str) -> None:
+        code, out, err = run("eval", plain, "--budgets", "4", "--calibration-windows", "2", *SMALL, "--json")
+        assert code == 0
+        assert "has plain weights, sliced for this run" in err
+        assert [(row["method"], row["budget"]) for row in json.loads(out)] == [("unquantized", None), ("mobiquant", 4)]
+
+    def test_impossible_budget_of_a_plain_model(self, fails: Callable[..., str], plain: str) -> None:
+        assert "out of range" in fails("eval", plain, "--budgets", "9", "--calibration", "none", *SMALL)
 
 
 class TestGenerate:

@@ -1,0 +1,106 @@
+"""Outlier migration of one packed, data-free model: do the tokens that suffer most move with the budget?
+
+    python benchmarks/bench_migration.py --data DIR      # benchmarks/results/cpu/outlier_migration.json
+
+DIR holds ``wikitext2/``, ``ptb/`` and ``c4/``. Rows are `Migration.summary`, one with and one without routing for each
+text and pair of budgets; the errors of every token of the first text at the first pair are kept for the figure, which
+scripts/plot_migration.py draws. SmolLM2 here is the dequantized Q4_1 model, not the original bf16 one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+
+import mobiquant_compiler as mq
+from mobiquant_compiler.analysis import Migration, outlier_migration
+from mobiquant_compiler.evaluation import load_text, make_windows
+from mobiquant_compiler.models import load_model
+
+TEXTS = {
+    "wikitext2": "wikitext2/wiki.test.raw",
+    "ptb": "ptb/ptb.test.txt",
+    "c4": "c4/c4_validation.head.jsonl",
+}
+CALIBRATION = "wikitext2/wiki.train.head.txt"
+PAIRS = ((3.0, 4.0), (4.0, 5.0), (4.0, 6.0))
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--calibration-windows", type=int, default=8)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def token_errors(found: Migration) -> list[dict[str, Any]]:
+    """Return the errors of every token, three digits each, an entry a budget and way of routing."""
+    return [
+        {
+            "budget": part.budget,
+            "routed": part.routed,
+            "achieved_bits": part.achieved_bits,
+            "errors": " ".join(f"{error:.3g}" for error in part.tokens.tolist()),
+        }
+        for part in (*found.low, *found.high)
+    ]
+
+
+def measure(model: Any, windows: Mapping[str, torch.Tensor], name: str) -> tuple[list[dict[str, Any]], Any]:
+    """Return the rows of all texts and pairs, and the token errors of the first."""
+    rows: list[dict[str, Any]] = []
+    tokens = None
+    for text, ids in windows.items():
+        for pair in PAIRS:
+            start = time.perf_counter()
+            found = outlier_migration(model, ids, pair)
+            tokens = tokens or token_errors(found)
+            for row in found.summary():
+                method = "routing" if row["routed"] else "one count a linear"
+                rows.append({"model": name, "text": text, "method": method, **row, "share": found.share})
+                print(
+                    text, pair, method, f"overlap {row['overlap']:.3f}, {time.perf_counter() - start:.0f} s", flush=True
+                )
+    return rows, tokens
+
+
+def main() -> None:
+    """Measure and write."""
+    args = arguments()
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
+    model.to(args.device).eval()
+    windows = {
+        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
+        for text in args.texts
+    }
+    calibration = make_windows(tokenizer, load_text(args.data / CALIBRATION), args.calibration_windows)
+    config = mq.SliceConfig(group=args.group)
+    mq.quantize_(model, config, calibration=calibration)
+    rows, tokens = measure(model, windows, args.model)
+    record.write(
+        args.out or record.folder(args.device) / "outlier_migration.json",
+        rows,
+        args.device,
+        protocol=f"{args.windows} windows of 512 tokens, no BOS, fp32; error: KL(all slices || budget) in nats",
+        reference="the dequantized Q4_1 model with all slices, not the original bf16 one",
+        config=config.to_dict(),
+        calibration=f"{CALIBRATION}, {args.calibration_windows} windows of 512, data-free slices, energy router",
+        tokens={"text": args.texts[0], "share": rows[0]["share"], "settings": tokens},
+    )
+
+
+if __name__ == "__main__":
+    main()

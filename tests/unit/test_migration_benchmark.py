@@ -1,0 +1,63 @@
+"""benchmarks/bench_migration.py on a tiny model, and the figure that scripts/plot_migration.py draws from its file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import bench_migration
+import pytest
+
+from tests.model_dirs import save_plain
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def plot_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plot_migration", ROOT / "scripts" / "plot_migration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_measures_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    text = "Some plain words, and more of them. " * 40
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(text + "\n")
+    (tmp_path / "wikitext2" / "wiki.train.head.txt").write_text(text.upper())
+    model, out = save_plain(tmp_path / "model"), tmp_path / "r.json"
+    arguments = [
+        "--model",
+        model,
+        "--data",
+        tmp_path,
+        "--texts",
+        "wikitext2",
+        "--windows",
+        1,
+        "--calibration-windows",
+        1,
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_migration.py", *map(str, arguments), "--device", "cpu", "--out", str(out)])
+    bench_migration.main()
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 2 * len(bench_migration.PAIRS)
+    assert [row["method"] for row in result["rows"][:2]] == ["one count a linear", "routing"]
+
+    plot = plot_script()
+    found = plot.migration(result["tokens"])
+    assert len(found.low[0].tokens) == 512
+    for row, measured in zip(found.summary(), result["rows"][:2], strict=True):
+        assert row["overlap"] == pytest.approx(measured["overlap"], abs=0.05)  # errors are kept to three digits
+        assert row["high_mean_error"] == pytest.approx(measured["high_mean_error"], rel=1e-2)
+    picture = tmp_path / "images" / "a.png"
+    assert plot.main(["--results", str(out), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
+    assert "measure first: benchmarks/bench_migration.py" in capsys.readouterr().out
