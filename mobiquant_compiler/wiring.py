@@ -201,7 +201,7 @@ def by_workspace(
     full = prefill is Prefill.FULL
     kernel = dequantize_kernel(spec, x.shape[-1], target_of(x.device), sorted_rows=not full)
     if full:  # all tokens have one count: nothing has to be sorted
-        return [workspace.uniform_linear(kernel, x, counts, w.slices, w.scale, w.zero, w.bias) for w in weights]
+        return [workspace.uniform_linear(kernel, x, counts, weight) for weight in weights]
     return workspace.workspace_linears(kernel, x, counts, weights)
 
 

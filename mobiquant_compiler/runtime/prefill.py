@@ -127,19 +127,6 @@ def sort_tokens(x: Tensor, counts: Tensor, num_slices: int, padded: int) -> Sort
     return SortedTokens(gathered, places, offsets)
 
 
-def workspace_linear(
-    kernel: LaunchableKernel,
-    x: Tensor,
-    counts: Tensor,
-    slices: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """`workspace_linears` with one weight."""
-    return workspace_linears(kernel, x, counts, [Weight(slices, scale, zero, bias)])[0]
-
-
 def workspace_linears(kernel: LaunchableKernel, x: Tensor, counts: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """Multiply each token by the weights of its slice count: `reference.routed_linears` with rounded weights.
 
@@ -178,36 +165,25 @@ def _sorted_linear(kernel: LaunchableKernel, tokens: SortedTokens, weight: Weigh
     return y if weight.bias is None else y.add_(weight.bias)
 
 
-def uniform_linear(
-    kernel: LaunchableKernel,
-    x: Tensor,
-    counts: Tensor,
-    slices: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+def uniform_linear(kernel: LaunchableKernel, x: Tensor, counts: Tensor, weight: Weight) -> Tensor:
     """Multiply tokens that all have one slice count, which the device knows, by its weight in the library's GEMM.
 
     Args:
         kernel: dequantize without ``sorted_rows``.
         x: [..., K] bfloat16, float16 or float32.
         counts: int32 [...], all of one value in 1..E; the first is read, on the device.
-        slices: int32 [total_bits, N, K_padded / 32].
-        scale: [N, K_padded / group].
-        zero: Same shape.
-        bias: [N].
+        weight: What to multiply by.
 
     Returns:
         [..., N] in the dtype of x.
 
     Numerics: weights are rounded to the dtype of x; the rest is `torch.nn.functional.linear`.
     """
-    weight, k, padded = Weight(slices, scale, zero, bias), x.shape[-1], kernel.spec.k
+    k, padded = x.shape[-1], kernel.spec.k
     assert not kernel.spec.sorted_rows, "tokens have one count"
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if weight.bias is None else weight.bias.to(x.dtype)
     parts = []
     with torch.cuda.device_of(x):
         for start, stop, workspace in _chunks(x, weight.rows, 1, padded):

@@ -18,6 +18,7 @@ from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import Family, SliceSpec
 from tests.kernel_cases import BIT, SPECS, Case, integer_case, random_case, spec_id
+from tests.prefill_calls import uniform_linear, workspace_linear
 from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
 
 pytestmark = [
@@ -73,7 +74,7 @@ def offsets_for(counts: set[int], slices: int) -> Tensor:
 
 def run(case: Case) -> Tensor:
     """Run the workspace linear of a case."""
-    return prefill.workspace_linear(kernel_of(case.spec, case.x.shape[-1]), *case.arguments)
+    return workspace_linear(kernel_of(case.spec, case.x.shape[-1]), *case.arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,7 +167,7 @@ def test_counts_that_no_token_has(counts: tuple[int, ...]) -> None:
     for tokens in (65, 1000):
         case = random_case(SPECS[0], tokens, 520, 1000, dtype=torch.bfloat16, device="cuda")
         case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
-        y = prefill.workspace_linear(kernel_of(SPECS[0], 1000), *case.arguments[:5], None)
+        y = workspace_linear(kernel_of(SPECS[0], 1000), *case.arguments[:5], None)
         torch.testing.assert_close(y.double(), with_rounded_weights(case), rtol=2**-8, atol=1e-4)
 
 
@@ -203,7 +204,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     tokens = torch.Size(shape).numel()
     case = integer_case(EXACT_SPECS[0], max(tokens, 1), 40, K, dtype=torch.bfloat16, device="cuda")
     x, counts = case.x[:tokens].view(*shape, K), case.counts[:tokens].view(shape)
-    y = prefill.workspace_linear(kernel_of(case.spec, K), x, counts, *case.arguments[2:])
+    y = workspace_linear(kernel_of(case.spec, K), x, counts, *case.arguments[2:])
     assert y.shape == (*shape, 40)
     assert torch.equal(y.view(tokens, 40), case.expected(torch.float32).bfloat16()[:tokens])
 
@@ -216,8 +217,8 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
     uniform, kernel = kernel_of(SPECS[0], K, sorted_rows=False), kernel_of(SPECS[0], K)
 
     def both() -> None:
-        prefill.workspace_linear(kernel, *case.arguments)
-        prefill.uniform_linear(uniform, *case.arguments)
+        workspace_linear(kernel, *case.arguments)
+        uniform_linear(uniform, *case.arguments)
 
     both()  # what is compiled or loaded once may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -256,7 +257,7 @@ def test_products_with_one_count_are_near_the_float64_reference(tokens: int, dty
     atol, rtol, _ = WORKSPACE_TOLERANCES[dtype]
     for count in (1, 3, 4):
         case.counts.fill_(count)
-        y = prefill.uniform_linear(kernel_of(SPECS[0], 2000, sorted_rows=False), *case.arguments)
+        y = uniform_linear(kernel_of(SPECS[0], 2000, sorted_rows=False), *case.arguments)
         assert y.dtype is dtype
         torch.testing.assert_close(y.double(), case.expected(), atol=atol, rtol=rtol)
 
@@ -266,7 +267,7 @@ def test_products_with_one_count_in_chunks(dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(prefill, "WORKSPACE_BYTES", 1)
     case = integer_case(EXACT_SPECS[0], 70, 700, K, dtype=dtype, device="cuda")
     case.counts.fill_(2)
-    y = prefill.uniform_linear(kernel_of(case.spec, K, sorted_rows=False), *case.arguments)
+    y = uniform_linear(kernel_of(case.spec, K, sorted_rows=False), *case.arguments)
     # Libraries may round partial sums to the dtype of the output, which float32 alone does without an error.
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 0.0}[dtype]
     torch.testing.assert_close(y.double(), case.expected(), rtol=rounding, atol=100 * rounding)
@@ -277,11 +278,11 @@ def test_a_captured_graph_follows_the_one_count() -> None:
     case = random_case(SPECS[0], 300, 513, 2048, dtype=torch.bfloat16, device="cuda")
     case.counts.fill_(4)
     kernel = kernel_of(SPECS[0], 2048, sorted_rows=False)
-    prefill.uniform_linear(kernel, *case.arguments)
+    uniform_linear(kernel, *case.arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = prefill.uniform_linear(kernel, *case.arguments)
+        y = uniform_linear(kernel, *case.arguments)
     atol, rtol, _ = WORKSPACE_TOLERANCES[torch.bfloat16]
     for count in (1, 3, 4):
         case.counts.fill_(count)

@@ -21,6 +21,7 @@ from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import Family, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, random_case, spec_id
+from tests.prefill_calls import uniform_linear, workspace_linear
 
 EXACT_DTYPES = (torch.float32, torch.float16)  # the interpreter truncates on the way to bfloat16, devices round
 FAST = settings(max_examples=4)
@@ -160,7 +161,7 @@ def test_products_are_exact_on_integers(spec: SliceSpec, data: st.DataObject) ->
     case = integer_case(spec, tokens, n, k, bias=bias, seed=seed)
     used = data.draw(st.sets(st.integers(1, spec.num_slices), min_size=1), "counts in use")
     case.counts.copy_(torch.tensor(sorted(used), dtype=torch.int32).repeat(tokens)[:tokens])
-    y = prefill.workspace_linear(kernel_of(spec, k), *case.arguments)
+    y = workspace_linear(kernel_of(spec, k), *case.arguments)
     assert torch.equal(y, case.expected(torch.float32))
 
 
@@ -168,7 +169,7 @@ def test_products_are_exact_on_integers(spec: SliceSpec, data: st.DataObject) ->
 def test_all_tokens_of_one_count(count: int) -> None:
     case = integer_case(SPECS[0], 70, 5, 128, bias=True)
     case.counts.fill_(count)
-    y = prefill.workspace_linear(kernel_of(SPECS[0], 128), *case.arguments)
+    y = workspace_linear(kernel_of(SPECS[0], 128), *case.arguments)
     assert torch.equal(y, case.expected(torch.float32))
 
 
@@ -186,7 +187,7 @@ def test_products_with_one_count_are_exact_on_integers(spec: SliceSpec, tokens: 
     case = integer_case(spec, tokens, 33, 100, bias=tokens > 1)
     for count in {1, spec.num_slices - 1, spec.num_slices} - {0}:
         case.counts.fill_(count)
-        y = prefill.uniform_linear(kernel_of(spec, 100, sorted_rows=False), *case.arguments)
+        y = uniform_linear(kernel_of(spec, 100, sorted_rows=False), *case.arguments)
         assert torch.equal(y, case.expected(torch.float32)), f"{count} slices"
 
 
@@ -195,11 +196,11 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     tokens = torch.Size(shape).numel()
     case = integer_case(SPECS[2], max(tokens, 1), 3, 40, bias=True)
     x, counts, weight = case.x[:tokens].view(*shape, 40), case.counts[:tokens].view(shape), case.arguments[2:]
-    y = prefill.workspace_linear(kernel_of(SPECS[2], 40), x, counts, *weight)
+    y = workspace_linear(kernel_of(SPECS[2], 40), x, counts, *weight)
     assert y.shape == (*shape, 3)
     assert torch.equal(y.view(tokens, 3), case.expected(torch.float32)[:tokens])
     case.counts.fill_(3)
-    y = prefill.uniform_linear(kernel_of(SPECS[2], 40, sorted_rows=False), x, counts, *weight)
+    y = uniform_linear(kernel_of(SPECS[2], 40, sorted_rows=False), x, counts, *weight)
     assert y.shape == (*shape, 3)
     assert torch.equal(y.view(tokens, 3), case.expected(torch.float32)[:tokens])
 
@@ -210,11 +211,11 @@ def test_strided_activations_and_bias_of_another_dtype() -> None:
     wide[:, 7:48] = case.x
     assert case.bias is not None
     weight = (*case.arguments[2:5], case.bias.bfloat16())
-    y = prefill.workspace_linear(kernel_of(SPECS[2], 41), wide[:, 7:48], case.counts, *weight)
+    y = workspace_linear(kernel_of(SPECS[2], 41), wide[:, 7:48], case.counts, *weight)
     assert y.dtype is torch.float32
     assert torch.equal(y, case.expected(torch.float32))
     case.counts.fill_(4)
-    y = prefill.uniform_linear(kernel_of(SPECS[2], 41, sorted_rows=False), wide[:, 7:48], case.counts, *weight)
+    y = uniform_linear(kernel_of(SPECS[2], 41, sorted_rows=False), wide[:, 7:48], case.counts, *weight)
     assert torch.equal(y, case.expected(torch.float32))
 
 
@@ -224,12 +225,12 @@ def test_weights_larger_than_the_workspace_go_in_chunks(monkeypatch: pytest.Monk
     launches = []
     kernel = kernel_of(SPECS[2], 40)
     watched = SimpleNamespace(spec=kernel.spec, launch=lambda grid, **a: (launches.append(a), kernel.launch(grid, **a)))
-    y = prefill.workspace_linear(watched, *case.arguments)
+    y = workspace_linear(watched, *case.arguments)
     assert torch.equal(y, case.expected(torch.float32))
     assert [(a["first_row"], a["rows"]) for a in launches] == [(0, 256), (256, 256), (512, 88)]
     assert len({a["workspace_ptr"].data_ptr() for a in launches}) == 1, "chunks use the same memory"
     case.counts.fill_(4)
-    y = prefill.uniform_linear(kernel_of(SPECS[2], 40, sorted_rows=False), *case.arguments)
+    y = uniform_linear(kernel_of(SPECS[2], 40, sorted_rows=False), *case.arguments)
     assert torch.equal(y, case.expected(torch.float32))
 
 
@@ -279,6 +280,6 @@ def test_a_cpu_has_no_grouped_gemm_and_old_torch_neither(monkeypatch: pytest.Mon
 def test_a_linear_wants_the_kernel_for_its_tokens() -> None:
     case = random_case(SPECS[2], 1, 3, 32)
     with pytest.raises(AssertionError, match="tokens differ in their counts"):
-        prefill.workspace_linear(kernel_of(SPECS[2], 32, sorted_rows=False), *case.arguments)
+        workspace_linear(kernel_of(SPECS[2], 32, sorted_rows=False), *case.arguments)
     with pytest.raises(AssertionError, match="tokens have one count"):
-        prefill.uniform_linear(kernel_of(SPECS[2], 32), *case.arguments)
+        uniform_linear(kernel_of(SPECS[2], 32), *case.arguments)
