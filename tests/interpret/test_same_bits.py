@@ -97,8 +97,11 @@ def test_both_layouts_give_the_same_bits(widths: tuple[int, ...], group: int) ->
             assert torch.equal(run(case), run(other)), f"{tokens} tokens, {count} slices"
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("spec", [*SOME_SPECS, SliceSpec((1,) * 5, 128, BIT)], ids=spec_id)
+@pytest.mark.parametrize(
+    ("spec", "activation"),
+    [(SOME_SPECS[0], Activation.A8), *((s, Activation.A16) for s in (*SOME_SPECS, SliceSpec((1,) * 5, 128, BIT)))],
+    ids=str,
+)
 def test_every_tile_gives_one_token_the_same_bits(spec: SliceSpec, activation: Activation) -> None:
     case = many(spec, 1, n=18)
     quantizer = prepare_kernel(spec, case.x.shape[-1], TARGET, activation, route=False, quantize=True)
@@ -110,7 +113,7 @@ def test_every_tile_gives_one_token_the_same_bits(spec: SliceSpec, activation: A
         case.counts.fill_(count)
         wanted = run(case, activation)
         # 8, 4 and 2 warps share the chains of a row, which have 1, 2 and 4 each.
-        for tokens, rows in ((1, 16), (8, 16), (8, 32), (8, 64), (32, 64)):
+        for tokens, rows in ((1, 16), (8, 32), (16, 64)):
             kernel = cache.load(replace(shipped, block_m=tokens, block_n=rows))
             found = launch.multiply(kernel, wiring.with_counts(prepared, case.counts), [weight])[0]
             assert torch.equal(found, wanted), f"{count} slices by a kernel for {tokens} tokens and {rows} rows"
