@@ -77,10 +77,18 @@ class Reader:
         name = f"{facts.prefix}.energy"
         energy = self.shards.read(name, (linears[0].in_features,), torch.float32)
         self._check_finite(name, energy)
-        router = Router(energy, linears[0].widths, self.mask)
+        router = Router(energy, linears[0].widths, self.mask, self._gain(facts, linears[0]))
         router.kind, router.floor, router.ceiling = facts.kind, facts.floor, facts.ceiling
         router.params = sum(f.in_features * f.out_features for f in linears)
         return router
+
+    def _gain(self, facts: RouterFacts, linear: LinearFacts) -> Tensor | None:
+        if not facts.measured:
+            return None
+        name = f"{facts.prefix}.gain"
+        gain = self.shards.read(name, (len(linear.widths) - 1,), torch.float32)
+        self._check_finite(name, gain, least=0.0)
+        return gain
 
     def _table(self, number: int, facts: StateFacts) -> CalibratedTable | StaticTable:
         if facts.table == "static":

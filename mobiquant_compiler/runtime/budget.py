@@ -99,13 +99,13 @@ class CalibratedTable:
 
     def _curve(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
         """Return the threshold grid [P] (log, falling) and the mean bits at each point [A, P] (rising)."""
-        key = tuple((r.floor, r.ceiling, r.params) for r in routers)
+        key = tuple((r.floor, r.ceiling, r.params, *r.gain.tolist()) for r in routers)
         if key not in self._curves:
             self._curves[key] = self._measure(routers)
         return self._curves[key]
 
     def _measure(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
-        gain = routers[0].gain.double().cpu().log()
+        gain = torch.stack([r.gain.double().cpu().log() for r in routers])  # [R, E - 1]
         quantiles = self.quantiles.double()
         finite = quantiles[torch.isfinite(quantiles)]
         high, low = float(finite.max() + gain.max()) + 1e-3, float(finite.min() + gain.min()) - 1e-3
@@ -115,8 +115,8 @@ class CalibratedTable:
         params = torch.tensor([r.params for r in routers], dtype=torch.float64)
         curves = []
         for anchor in quantiles:  # [R, Q]
-            needed = grid.view(1, 1, -1) - gain.view(1, -1, 1)  # base score that slice e needs, [1, E - 1, P]
-            share = _share_above(anchor, needed.expand(len(routers), -1, -1))
+            needed = grid.view(1, 1, -1) - gain.unsqueeze(-1)  # base score that slice e needs, [R, E - 1, P]
+            share = _share_above(anchor, needed)
             share = torch.where(forced.unsqueeze(-1), 1.0, torch.where(usable.unsqueeze(-1), share, 0.0))
             bits = widths[0] + (share * widths[1:].view(1, -1, 1)).sum(1)
             curves.append((bits * params.unsqueeze(1)).sum(0) / params.sum())
