@@ -177,10 +177,12 @@ def measure_table(
     order = [first[id(router)] for router in state.routers]
     measured: dict[float, Tensor] = {}
     before = state.budget
+    # Scores of an energy router differ between slices by a factor, those of a trained one in their distributions.
+    each = any(router.kind != "energy" for router in state.routers)
     with frozen(model), torch.no_grad():
         for step, anchor in enumerate(sorted(anchors, reverse=True)):
             state.set(anchor)
-            measured[anchor] = _score_quantiles(model, order, tokens, loss)
+            measured[anchor] = _score_quantiles(model, order, tokens, loss, each)
             state.table = _table(measured)
             progress("budget table", step + 1, len(anchors))
     state.set(before)
@@ -194,15 +196,20 @@ def _table(measured: Mapping[float, Tensor]) -> CalibratedTable:
     return CalibratedTable(torch.tensor(anchors, dtype=torch.float64), torch.stack([measured[a] for a in anchors]))
 
 
-def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tensor, loss: Loss) -> Tensor:
-    """Return quantiles of the log base score of each linear's router, float32 [R, QUANTILES]."""
+def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tensor, loss: Loss, each: bool) -> Tensor:
+    """Return quantiles of log scores of each linear's router, float32.
+
+    [R, QUANTILES] of the base score, before gains; or if `each` [R, E - 1, QUANTILES], of the least score up to each
+    slice, which decides whether it is used.
+    """
     scores: list[list[Tensor]] = [[] for _ in order]
 
     def watch(router: Router, into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             flat = args[0].reshape(-1, args[0].shape[-1])
-            base = SCORES[router.kind](flat, [router.energy, router.gain])[:, 0] / router.gain[0]
-            into.append(base.double().clamp_min(1e-300).log().float().cpu())
+            found = SCORES[router.kind](flat, router.tensors).double()
+            found = found.cummin(1).values.t() if each else found[:, 0] / router.gain[0]
+            into.append(found.clamp_min(1e-300).log().float().cpu())
 
         return hook
 
@@ -211,7 +218,11 @@ def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tens
         for window in tokens:
             loss(model, window.unsqueeze(0))
     points = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    shape = (len(order[0].widths) - 1, QUANTILES) if each else (QUANTILES,)
     # A router that saw no token (a branch not taken) gets a flat distribution: it never decides the average.
-    return torch.stack(
-        [torch.quantile(torch.cat(s).double(), points).float() if s else torch.zeros(QUANTILES) for s in scores]
-    )
+    return torch.stack([_quantiles(torch.cat(s, -1), points) if s else torch.zeros(shape) for s in scores])
+
+
+def _quantiles(values: Tensor, points: Tensor) -> Tensor:
+    found = torch.quantile(values.double(), points, dim=-1)
+    return found.movedim(0, -1).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,10 @@ from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import SlicedWeight, slice_weight
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
+SCORE_TENSORS = {
+    "energy": ("energy", "gain"),
+    "mlp": ("energy", "gain", "hidden", "hidden_bias", "out", "out_bias"),
+}  # buffers of a router by kind, in the order of `reference.SCORES`
 MASK_CAPACITY = 65536  # tokens of one call that padding can be told apart in
 
 
@@ -59,6 +63,7 @@ class Router(_KeepsDtype):
         thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it, by a ceiling and at every budget.
             Written by `set_budget` only.
         hist: int64 [E], tokens seen by slice count (telemetry).
+        hidden, hidden_bias, out, out_bias: float16 network of a trained router (`reference.mlp_scores`), absent else.
         kind: Which score function (`reference.SCORES`).
         widths: Slice widths.
         floor: Least slice count.
@@ -69,6 +74,10 @@ class Router(_KeepsDtype):
 
     energy: Tensor
     gain: Tensor
+    hidden: Tensor
+    hidden_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
     thresholds: Tensor
     hist: Tensor
 
@@ -89,6 +98,17 @@ class Router(_KeepsDtype):
         self.register_buffer("gain", gain.to(device))
         self.register_buffer("thresholds", torch.full((len(widths) - 1,), -torch.inf, device=device))
         self.register_buffer("hist", torch.zeros(len(widths), dtype=torch.int64, device=device), persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the score function is given."""
+        return [getattr(self, name) for name in SCORE_TENSORS[self.kind]]
+
+    def learn(self, network: Sequence[Tensor]) -> None:
+        """Become a trained router: take hidden [H, K + 2], hidden_bias [H], out [E - 1, H], out_bias [E - 1]."""
+        for name, tensor in zip(SCORE_TENSORS["mlp"][2:], network, strict=True):
+            self.register_buffer(name, tensor.detach().to(self.energy.device, torch.float16))
+        self.kind, self.measured = "mlp", True
 
     def bits_by_count(self) -> Tensor:
         """Return the weight bits of each slice count, float64 [E]."""
@@ -204,7 +224,7 @@ class MobiLinear(_KeepsDtype):
         router = self.router
         return OPS.elastic_linear.default(
             x,
-            [router.energy, router.gain],
+            router.tensors,
             router.thresholds,
             router.hist,
             router.token_mask.tokens,

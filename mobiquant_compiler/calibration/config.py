@@ -9,6 +9,7 @@ from typing import Any
 
 from mobiquant_compiler.config import check_keys, is_number
 from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.reference import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class CalibrationConfig:
         tune_steps: Gradient steps on scales and zero points through the whole model, after the codes; 0 is none.
         tune_rate: Largest relative step of a scale; zero points move three times as far, in base steps.
         tune_windows: Windows a step.
+        router: "energy" (data-free prediction with measured gains) or "mlp" (a trained network on top of it).
+        router_width: Hidden units of a trained router.
+        router_steps: Gradient steps on each.
+        router_windows: Windows that they are trained on.
         seed: Of everything that is drawn.
     """
 
@@ -37,6 +42,10 @@ class CalibrationConfig:
     tune_steps: int = 120
     tune_rate: float = 3e-3
     tune_windows: int = 2
+    router: str = "energy"
+    router_width: int = 12
+    router_steps: int = 300
+    router_windows: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +58,10 @@ class CalibrationConfig:
             ("tune_steps", _is_count(self.tune_steps, 0), "a whole number from 0"),
             ("tune_rate", _is_positive(self.tune_rate), "a finite number above 0"),
             ("tune_windows", _is_count(self.tune_windows, 1), "a whole number from 1"),
+            ("router", self.router in SCORES, f"one of {tuple(SCORES)}"),
+            ("router_width", _is_count(self.router_width, 1), "a whole number from 1"),
+            ("router_steps", _is_count(self.router_steps, 1), "a whole number from 1"),
+            ("router_windows", _is_count(self.router_windows, 1), "a whole number from 1"),
             ("seed", _is_count(self.seed, 0), "a whole number from 0"),
         )
         for name, fine, wanted in checks:
@@ -58,6 +71,10 @@ class CalibrationConfig:
     def weights(self, bits: list[int]) -> list[float]:
         """Return what a squared error counts at each slice count, given the bits of each."""
         return [self.weight_growth ** ((b - bits[0]) / 2) for b in bits]
+
+    def of_slices(self) -> dict[str, Any]:
+        """Return the options that slices depend on, as plain JSON data; routers may be trained anew."""
+        return {name: value for name, value in self.to_dict().items() if not name.startswith("router")}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""

@@ -17,8 +17,10 @@ def sum_of(expected: Mapping[str, Tensor], group: Sequence[str], key: str) -> Te
     return torch.stack([expected[f"{name}.{key}"].double().cpu() for name in group]).sum(0)
 
 
-def measured_routers(costs: Costs, expected: Mapping[str, Tensor]) -> MakeRouter:
-    """Return a maker of energy routers that know what each slice really takes away.
+def measured_routers(
+    costs: Costs, expected: Mapping[str, Tensor], networks: Mapping[str, Sequence[Tensor]]
+) -> MakeRouter:
+    """Return a maker of routers that know what each slice really takes away, trained where a network is given.
 
     The energies of columns are those of the chosen codes, and the gain of a slice is its measured share, where a
     data-free router must take uniform errors that fall 4-fold per bit for granted.
@@ -29,6 +31,9 @@ def measured_routers(costs: Costs, expected: Mapping[str, Tensor]) -> MakeRouter
         row = list(costs.groups).index(group)
         energy = sum_of(expected, group, "energy") / costs.params[row]
         device = mask.tokens.device
-        return Router(energy.float().to(device), widths, mask, gains[row].float())
+        router = Router(energy.float().to(device), widths, mask, gains[row].float())
+        if group[0] in networks:
+            router.learn(networks[group[0]])
+        return router
 
     return make

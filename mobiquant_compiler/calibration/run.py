@@ -28,11 +28,13 @@ from mobiquant_compiler.calibration.config import CalibrationConfig
 from mobiquant_compiler.calibration.grids import sliced, weighted_grid
 from mobiquant_compiler.calibration.routers import measured_routers, sum_of
 from mobiquant_compiler.calibration.state import CalibrationState
+from mobiquant_compiler.calibration.training import Training
 from mobiquant_compiler.calibration.tuning import Teacher, answers, tune_
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig
 from mobiquant_compiler.errors import BadOption
 from mobiquant_compiler.linear import TokenMask, elastic_linears
 from mobiquant_compiler.quantize import (
+    MakeRouter,
     attach_budgets,
     check,
     fingerprint,
@@ -113,18 +115,25 @@ def calibrate_(
     linears = list(run.linears)
     before = sum(weight_of(m).numel() * weight_of(m).element_size() for m in run.linears.values())
     with frozen(run.model):
-        gradients = _gradients(run)
-        expected = _calibrate_blocks(run, gradients)
-        costs = _costs(run, expected)
-        if run.config.tune_steps:
-            tune_(run.model, costs, run.tokens, gradients.teacher, run.config, run.state, run.progress)
-    routers = measured_routers(costs, expected)
+        outputs, routers = _all_steps(run)
     shared = (run.tokens, run.loss, run.progress, routers)
-    attach_budgets(run.model, linears, run.groups, run.slices, gradients.outputs, *shared)
+    attach_budgets(run.model, linears, run.groups, run.slices, outputs, *shared)
     if budget is not None:
         state_of(run.model).set(budget)
     after = sum(linear.weight_bytes for linear in elastic_linears(run.model).values())
     return Coverage(linears, list(run.skipped), before, after)
+
+
+def _all_steps(run: _Run) -> tuple[Mapping[str, Tensor], MakeRouter]:
+    """Make every linear elastic; returns the sensitivity of the loss to their outputs, and what makes their routers."""
+    gradients = _gradients(run)
+    expected = _calibrate_blocks(run, gradients)
+    if run.config.tune_steps:
+        costs = _costs(run, run.inputs, expected)  # not of routers: slices are the same for every scope
+        tune_(run.model, costs, run.tokens, gradients.teacher, run.config, run.state, run.progress)
+    costs = _costs(run, run.groups, expected)
+    networks = _train_routers(run, gradients, costs, expected) if run.config.router == "mlp" else {}
+    return gradients.outputs, measured_routers(costs, expected, networks)
 
 
 def _prepare(
@@ -167,11 +176,12 @@ def _identity(
         model.update(f"{name} {fingerprint(weight_of(module))}\n".encode())
     ids = tokens.cpu().contiguous()
     text = hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+    routing = ("scope", "floor", "ceiling")  # what slices do not depend on
     return {
         "model": model.hexdigest(),
         "tokens": text.hexdigest(),
-        "slices": slices.to_dict(),
-        "config": config.to_dict(),
+        "slices": {key: value for key, value in slices.to_dict().items() if key not in routing},
+        "config": config.of_slices(),
     }
 
 
@@ -231,21 +241,23 @@ def _measure_gradients(run: _Run) -> dict[str, Tensor]:
 
 def _calibrate_blocks(run: _Run, gradients: _Gradients) -> dict[str, Tensor]:
     """Choose the codes of each block's linears in turn, and replace them; returns what `_linear_codes` expects."""
-    chain = Chain(run.model, run.blocks, run.tokens, run.loss)
+    steps = [f"block-{index:04d}" for index in range(len(run.blocks))]
+    last = max((i for i, step in enumerate(steps) if not run.state.has(step)), default=-1)  # to be done
+    chain = Chain(run.model, run.blocks, run.tokens, run.loss) if last >= 0 else None
     mask = TokenMask().to(run.tokens.device)
     expected: dict[str, Tensor] = {}
     for index, block in enumerate(run.blocks):
         inside = [name for name in run.linears if name.startswith(f"{block}.")]
-        step = f"block-{index:04d}"
-        found = run.state.load(step)
+        found = run.state.load(steps[index])
         if found is None:
+            assert chain is not None, "there is a chain while a block is to be done"
             found = _block_codes(run, chain, index, inside, gradients)
-            run.state.save(step, found)
+            run.state.save(steps[index], found)
         for name in inside:
             _replace(run, name, {key: found[f"{name}.{key}"] for key in ("codes", "scale", "zero")}, mask)
         expected |= {key: value for key, value in found.items() if key.endswith((".losses", ".energy"))}
-        with _propagating(run, inside):
-            if index + 1 < len(run.blocks):
+        if chain is not None and index < last:
+            with _propagating(run, inside):
                 chain.run(index, advance=True)
         run.progress("blocks", index + 1, len(run.blocks))
     return expected
@@ -337,9 +349,24 @@ def _replace(run: _Run, name: str, found: Mapping[str, Tensor], mask: TokenMask)
     run.linears[name] = elastic
 
 
-def _costs(run: _Run, expected: Mapping[str, Tensor]) -> Costs:
-    losses = torch.stack([sum_of(expected, group, "losses") for group in run.groups])
+def _train_routers(
+    run: _Run, gradients: _Gradients, costs: Costs, expected: Mapping[str, Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return the network of each group's router by its first linear (`training`)."""
+    if len(run.slices.widths) == 1:  # nothing to choose
+        return {}
+    leader = {name: group[0] for group in run.inputs for name in group}
+    weights = {group[0]: gradients.tokens[leader[group[0]]] for group in run.groups}
+    make = measured_routers(costs, expected, {})
+    mask = TokenMask().to(run.tokens.device)
+    start = {group[0]: make(group, run.slices.widths, mask) for group in run.groups}
+    training = Training(run.model, run.blocks, start, run.groups, gradients.outputs, weights)
+    return training.run(run.tokens, run.loss, run.config, run.state, run.progress)
+
+
+def _costs(run: _Run, groups: Sequence[Sequence[str]], expected: Mapping[str, Tensor]) -> Costs:
+    losses = torch.stack([sum_of(expected, group, "losses") for group in groups])
     linears: dict[str, Any] = run.linears
-    params = [sum(linears[n].in_features * linears[n].out_features for n in group) for group in run.groups]
+    params = [sum(linears[n].in_features * linears[n].out_features for n in group) for group in groups]
     bits = torch.tensor(run.slices.widths, dtype=torch.float64).cumsum(0)
-    return Costs(run.groups, losses, torch.tensor(params, dtype=torch.float64), bits)
+    return Costs(groups, losses, torch.tensor(params, dtype=torch.float64), bits)

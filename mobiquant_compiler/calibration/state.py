@@ -59,17 +59,19 @@ class CalibrationState:
         assert self.directory is not None, "only called with a directory"
         return self.directory / f"{name}.{uuid4().hex[:8]}.partial"
 
+    def has(self, step: str) -> bool:
+        """Say whether a step is done."""
+        return self.directory is not None and (self.directory / f"{step}.safetensors").exists()
+
     def load(self, step: str) -> dict[str, Tensor] | None:
         """Return the tensors of a step, None where it is not done.
 
         Raises:
             CalibrationStateCorrupt: the file cannot be read.
         """
-        if self.directory is None:
+        if self.directory is None or not self.has(step):
             return None
         path = self.directory / f"{step}.safetensors"
-        if not path.exists():
-            return None
         try:
             return load_file(path)
         except (OSError, SafetensorError) as err:

@@ -25,6 +25,7 @@ from mobiquant_compiler.errors import (
     CheckpointTensor,
     CheckpointTooNew,
 )
+from mobiquant_compiler.linear import SCORE_TENSORS
 from mobiquant_compiler.reference import SCORES
 from mobiquant_compiler.spec import Layout, SliceSpec
 
@@ -34,7 +35,6 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 << 30
-ROUTER_KEYS = ("energy", "gain")  # what may have to be stored; thresholds follow from the budget
 TABLE_KEYS = ("anchors", "quantiles")
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 _DTYPES = {
@@ -120,7 +120,7 @@ class RouterFacts:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "linears", tuple(self.linears))
-        if not self.linears or self.kind not in SCORES:
+        if not self.linears or self.kind not in SCORES or (self.kind == "mlp" and not self.measured):
             raise ValueError(f"a router of kind {self.kind!r} with {len(self.linears)} linears")
         if not (isinstance(self.floor, int) and isinstance(self.ceiling, int) and 1 <= self.floor <= self.ceiling):
             raise ValueError(f"router floor {self.floor!r} and ceiling {self.ceiling!r}")
@@ -132,8 +132,8 @@ class RouterFacts:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Last parts of the names of its tensors."""
-        return ROUTER_KEYS if self.measured else ("energy",)
+        """Last parts of the names of its tensors; thresholds follow from the budget."""
+        return SCORE_TENSORS[self.kind] if self.measured else ("energy",)
 
 
 @dataclass(frozen=True, slots=True)

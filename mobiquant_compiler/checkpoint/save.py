@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mobiquant_compiler.checkpoint.files import (
     CONFIG,
     INDEX,
-    ROUTER_KEYS,
     SHARD_BYTES,
     TABLE_KEYS,
     LinearFacts,
@@ -28,7 +27,7 @@ from mobiquant_compiler.checkpoint.files import (
     write_shards,
 )
 from mobiquant_compiler.errors import BadOption, CheckpointInTheWay, CheckpointMismatch, NotElastic
-from mobiquant_compiler.linear import MobiLinear, Router, elastic_linears, plain_name
+from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router, elastic_linears, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable
 
 
@@ -118,6 +117,11 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     return Manifest({n: _facts(m) for n, m in linears.items()}, tuple(facts), tied, own), tensors
 
 
+def stored_keys(router: Router) -> tuple[str, ...]:
+    """Return the buffers of a router that a checkpoint holds: an unmeasured gain follows from the widths."""
+    return SCORE_TENSORS[router.kind] if router.measured else ("energy",)
+
+
 def _states(routers: list[Router]) -> list[BudgetState]:
     loose = [r for r in routers if r.state is None]
     if loose:
@@ -162,7 +166,7 @@ def _stored(
         if name.startswith(again):
             continue
         if owner in routers:
-            if owner in owners and key in ROUTER_KEYS and (key != "gain" or owners[owner].measured):
+            if owner in owners and key in stored_keys(owners[owner]):
                 stored[name] = tensor
             continue
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -41,6 +41,7 @@ def quantize(
     state: Annotated[
         Path | None, typer.Option(help="With --calibrate: directory to keep finished steps in and go on from.")
     ] = None,
+    router: Annotated[str, typer.Option(help="With --calibrate: 'energy', or 'mlp', trained networks.")] = "energy",
     seed: Annotated[int, typer.Option(help="With --calibrate: of everything that is drawn.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Bits to start with; all slices by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
@@ -50,7 +51,7 @@ def quantize(
 ) -> None:
     """Turn a model's linear layers into slices and save the checkpoint."""
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
-    how = _calibration_config(calibrate, calibration, steps, state, seed)
+    how = _calibration_config(calibrate, calibration, steps, state, router, seed)
     import mobiquant_compiler as mq
     from mobiquant_compiler.checkpoint import save
 
@@ -75,7 +76,7 @@ def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: i
     return text_windows(loaded, source, text, positive(windows, "--windows"), positive(length, "--length"))
 
 
-def _calibration_config(calibrate: bool, text: str, steps: int, state: Path | None, seed: int) -> Any:
+def _calibration_config(calibrate: bool, text: str, steps: int, state: Path | None, router: str, seed: int) -> Any:
     """Build the CalibrationConfig, None without --calibrate; before anything is loaded."""
     from mobiquant_compiler.calibration import CalibrationConfig
 
@@ -85,7 +86,7 @@ def _calibration_config(calibrate: bool, text: str, steps: int, state: Path | No
         return None
     if text == "none":
         raise BadOption(where="command line", name="--calibration", got=text, wanted="a text, with --calibrate")
-    return CalibrationConfig(tune_steps=steps, seed=seed)
+    return CalibrationConfig(tune_steps=steps, router=router, seed=seed)
 
 
 def _config(
