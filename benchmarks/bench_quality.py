@@ -13,6 +13,7 @@ one.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, help="directory of the calibration's finished steps")
     parser.add_argument("--eager", action="store_true", help="without our backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep", action="store_true", help="keep rows that --out holds of methods not measured now")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.calibrate and args.state is None:
@@ -149,8 +151,11 @@ def calibrated_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], 
         slices = mq.SliceConfig(group=group_of(args), scope=scope)
         start = time.perf_counter()
         mq.calibrate_(model, tokens, config, slices=slices, state=args.state, progress=say)
-        notes.setdefault("calibrate_seconds", {})[method] = round(time.perf_counter() - start, 1)
-        notes |= {"config": slices.to_dict(), "calibration_config": config.to_dict()}
+        notes.setdefault("made", {})[NAMES[method]] = {
+            "slices": slices.to_dict(),
+            "calibration": config.to_dict(),
+            "seconds_with_what_the_state_held": round(time.perf_counter() - start, 1),
+        }
         runner = model if args.eager else torch.compile(model, backend="mobiquant")
         if kind is None:
             costs = costs_of(args.state, model) if method == "static" else None
@@ -183,6 +188,16 @@ def say(stage: str, done: int, total: int) -> None:
         print(f"{stage} {done}/{total}", flush=True)
 
 
+def kept(out: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of an earlier run that are of no method of this one, and how their models were made."""
+    if not out.exists():
+        return [], {}
+    found = json.loads(out.read_text(encoding="utf-8"))
+    mine = {"unquantized", *(NAMES[method] for method in args.methods)}
+    made = {name: how for name, how in found.get("made", {}).items() if name not in mine}
+    return [row for row in found["rows"] if row["method"] not in mine], made
+
+
 def main() -> None:
     """Measure and write; what is measured so far is written after each method."""
     args = arguments()
@@ -209,7 +224,9 @@ def main() -> None:
     measured = calibrated_rows if args.calibrate else data_free_rows
     for row in measured(args, windows, notes):
         rows.append(row)
-        record.write(out, rows, args.device, **notes, compiles=len(REPORTS))
+        others, made = kept(out, args) if args.keep else ([], {})
+        told = notes | {"made": made | notes.get("made", {})} if args.calibrate else notes
+        record.write(out, [*rows, *others], args.device, **told, compiles=len(REPORTS))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class CalibrationConfig:
     guided: bool = True
     damping: float = 0.01
     propagate: int | None = None
-    tune_steps: int = 120
+    tune_steps: int = 160
     tune_rate: float = 3e-3
     tune_windows: int = 2
     router: str = "energy"

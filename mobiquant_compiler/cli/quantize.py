@@ -37,7 +37,7 @@ def quantize(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Choose the slices on the calibration text too, block by block.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="With --calibrate: gradient steps on scales and zero points.")] = 120,
+    steps: Annotated[int, typer.Option(help="With --calibrate: gradient steps on scales and zero points.")] = 160,
     state: Annotated[
         Path | None, typer.Option(help="With --calibrate: directory to keep finished steps in and go on from.")
     ] = None,
