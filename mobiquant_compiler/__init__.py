@@ -19,6 +19,7 @@ from mobiquant_compiler.budgets import (
     reset_telemetry,
     set_budget,
 )
+from mobiquant_compiler.calibration import CalibrationConfig, calibrate_
 from mobiquant_compiler.config import CompileConfig, SliceConfig
 from mobiquant_compiler.errors import MobiQuantError
 from mobiquant_compiler.execution import set_execution
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AchievedBits",
+    "CalibrationConfig",
     "CompileConfig",
     "Coverage",
     "Layout",
@@ -49,6 +51,7 @@ __all__ = [
     "WarmupReport",
     "achieved_bits",
     "budget",
+    "calibrate_",
     "execution_paths",
     "get_budget",
     "load",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ def _hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluate without dropout or parameter gradients, and restore both."""
     training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -70,12 +70,25 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def sensitivities(
-    model: nn.Module, linears: Mapping[str, nn.Module], tokens: Tensor, loss: Loss, progress: Progress
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    tokens: Tensor,
+    loss: Loss,
+    progress: Progress,
+    by_token: MutableMapping[str, list[Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Measure how much the loss grows per squared error at each output of each linear.
 
     The mean over tokens of the squared gradient of the summed loss at the linear's output: the diagonal of the
     empirical Fisher matrix, one gradient pass over the calibration tokens (quality figures: docs/architecture.md).
+
+    Args:
+        model: Any module.
+        linears: Its linears by name.
+        tokens: Token ids [windows, length].
+        loss: See `next_token_loss`.
+        progress: Called with stage, done, total.
+        by_token: Gets the sum over outputs instead, for each token: a list of float32 [tokens] by name.
 
     Returns:
         float32 [N] by name; ones where the linear took no part.
@@ -86,8 +99,11 @@ def sensitivities(
     def watch(name: str) -> Callable[..., Tensor | None]:
         def add(gradient: Tensor) -> None:
             rows = gradient.flatten(0, -2).float()
-            sums[name] = sums[name].to(rows.device) + rows.square().sum(0)
+            squares = rows.square()
+            sums[name] = sums[name].to(rows.device) + squares.sum(0)
             seen[name] += rows.shape[0]
+            if by_token is not None:
+                by_token.setdefault(name, []).append(squares.sum(1).cpu())
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # Parameters are frozen: the first linear's output starts the graph.
@@ -98,7 +114,7 @@ def sensitivities(
         return hook
 
     with (
-        _frozen(model),
+        frozen(model),
         torch.enable_grad(),
         _hooks([module.register_forward_hook(watch(name)) for name, module in linears.items()]),
     ):
@@ -161,10 +177,12 @@ def measure_table(
     order = [first[id(router)] for router in state.routers]
     measured: dict[float, Tensor] = {}
     before = state.budget
-    with _frozen(model), torch.no_grad():
+    # Scores of an energy router differ between slices by a factor, those of a trained one in their distributions.
+    each = any(router.kind != "energy" for router in state.routers)
+    with frozen(model), torch.no_grad():
         for step, anchor in enumerate(sorted(anchors, reverse=True)):
             state.set(anchor)
-            measured[anchor] = _score_quantiles(model, order, tokens, loss)
+            measured[anchor] = _score_quantiles(model, order, tokens, loss, each)
             state.table = _table(measured)
             progress("budget table", step + 1, len(anchors))
     state.set(before)
@@ -178,15 +196,20 @@ def _table(measured: Mapping[float, Tensor]) -> CalibratedTable:
     return CalibratedTable(torch.tensor(anchors, dtype=torch.float64), torch.stack([measured[a] for a in anchors]))
 
 
-def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tensor, loss: Loss) -> Tensor:
-    """Return quantiles of the log base score of each linear's router, float32 [R, QUANTILES]."""
+def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tensor, loss: Loss, each: bool) -> Tensor:
+    """Return quantiles of log scores of each linear's router, float32.
+
+    [R, QUANTILES] of the base score, before gains; or if `each` [R, E - 1, QUANTILES], of the least score up to each
+    slice, which decides whether it is used.
+    """
     scores: list[list[Tensor]] = [[] for _ in order]
 
     def watch(router: Router, into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             flat = args[0].reshape(-1, args[0].shape[-1])
-            base = SCORES[router.kind](flat, [router.energy, router.gain])[:, 0] / router.gain[0]
-            into.append(base.double().clamp_min(1e-300).log().float().cpu())
+            found = SCORES[router.kind](flat, router.tensors).double()
+            found = found.cummin(1).values.t() if each else found[:, 0] / router.gain[0]
+            into.append(found.clamp_min(1e-300).log().float().cpu())
 
         return hook
 
@@ -195,7 +218,11 @@ def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tens
         for window in tokens:
             loss(model, window.unsqueeze(0))
     points = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    shape = (len(order[0].widths) - 1, QUANTILES) if each else (QUANTILES,)
     # A router that saw no token (a branch not taken) gets a flat distribution: it never decides the average.
-    return torch.stack(
-        [torch.quantile(torch.cat(s).double(), points).float() if s else torch.zeros(QUANTILES) for s in scores]
-    )
+    return torch.stack([_quantiles(torch.cat(s, -1), points) if s else torch.zeros(shape) for s in scores])
+
+
+def _quantiles(values: Tensor, points: Tensor) -> Tensor:
+    found = torch.quantile(values.double(), points, dim=-1)
+    return found.movedim(0, -1).float()

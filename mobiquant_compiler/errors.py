@@ -245,6 +245,38 @@ class CheckpointInTheWay(CheckpointError):
     )
 
 
+# --- calibration ---------------------------------------------------------------------------------------
+
+
+class CalibrationError(MobiQuantError):
+    """A calibration that cannot start or go on."""
+
+
+class NonFiniteActivations(CalibrationError):
+    message = (
+        "calibrate_: the inputs of {where} gave {count} non-finite sums; the model does not run on these tokens in its "
+        "dtype. Use float32 or bfloat16, or exclude this layer."
+    )
+
+
+class NoBlocks(CalibrationError):
+    message = (
+        "calibrate_: {model}: {what}; wanted a chain of blocks in one ModuleList, each fed the output of the one "
+        "before. Use quantize_, which needs no blocks."
+    )
+
+
+class CalibrationStateMismatch(CalibrationError):
+    message = (
+        "calibration state {path}: holds {what}; got {got}, wanted {wanted}. Give the same model, tokens and "
+        "configuration to go on, or another directory to start anew."
+    )
+
+
+class CalibrationStateCorrupt(CalibrationError):
+    message = "calibration state {path}: cannot be read ({reason}). Delete this file to do the step again."
+
+
 # --- models and tools ------------------------------------------------------------------------------------
 
 

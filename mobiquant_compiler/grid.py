@@ -13,7 +13,7 @@ The choice matters at four bits; at six and eight the kinds of grid are as good 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def choose_grid(weight: Tensor, spec: SliceSpec, dtype: torch.dtype) -> tuple[Te
     count = judged_count(spec)
     scale, zero = centred_grid(weight, spec.widths[0], dtype)
     least = _error(single, scale, zero, spec, count)
-    for other_scale, other_zero in _exact_zero_grids(weight, spec, count, dtype):
+    for other_scale, other_zero in exact_zero_grids(weight, spec, count, dtype):
         error = _error(single, other_scale, other_zero, spec, count)
         better = error < least
         scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
@@ -73,13 +73,16 @@ def centred_grid(weight: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor,
     return scale, ((cells - 1) / 2 - middle / scale.double()).to(dtype)
 
 
-def _exact_zero_grids(
-    weight: Tensor, spec: SliceSpec, count: int, dtype: torch.dtype
+def exact_zero_grids(
+    weight: Tensor, spec: SliceSpec, count: int, dtype: torch.dtype, stretches: Sequence[float] = STRETCHES
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield grids on which 0 is a value of `count` slices: ``Z_count = z 2^m + (2^m - 1) / 2`` is an integer n.
 
     With ``z = (n - (2^m - 1) / 2) / 2^m`` the range is covered iff ``s >= -low / (z + 1/2)`` and
-    ``s >= high / (2^b - 1/2 - z)``. These z are short binary fractions, so storing them costs nothing.
+    ``s >= high / (2^b - 1/2 - z)``. These z are short binary fractions, so storing them costs nothing. A stretch
+    below 1 clips.
+
+    Shapes: weight [N, groups, G] float64; yields scale and zero [N, groups].
     """
     levels = 1 << spec.bits(count)
     fine = levels >> spec.widths[0]  # cells of `count` slices in one base cell, 2^m
@@ -92,7 +95,7 @@ def _exact_zero_grids(
         index = (best + offset).clamp(0, levels - 1)
         smallest = needed.gather(-1, index).squeeze(-1)
         zero = zeros[index.squeeze(-1)].to(dtype)
-        for stretch in STRETCHES:
+        for stretch in stretches:
             yield round_up((smallest * stretch).clamp_min(tiny), dtype), zero
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from mobiquant_compiler.errors import BadWeightShape, TrainingGraph
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.packing import pack
-from mobiquant_compiler.slices import slice_weight
+from mobiquant_compiler.slices import SlicedWeight, slice_weight
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
+SCORE_TENSORS = {
+    "energy": ("energy", "gain"),
+    "mlp": ("energy", "gain", "hidden", "hidden_bias", "out", "out_bias"),
+}  # buffers of a router by kind, in the order of `reference.SCORES`
 MASK_CAPACITY = 65536  # tokens of one call that padding can be told apart in
 
 
@@ -55,10 +59,11 @@ class Router(_KeepsDtype):
 
     Attributes:
         energy: float32 [K], predicted growth of the loss per squared activation at the base slice, over parameters.
-        gain: float32 [E - 1], see `score_gain`.
+        gain: float32 [E - 1], see `score_gain`; or the measured share where slices were calibrated.
         thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it, by a ceiling and at every budget.
             Written by `set_budget` only.
         hist: int64 [E], tokens seen by slice count (telemetry).
+        hidden, hidden_bias, out, out_bias: float16 network of a trained router (`reference.mlp_scores`), absent else.
         kind: Which score function (`reference.SCORES`).
         widths: Slice widths.
         floor: Least slice count.
@@ -69,10 +74,16 @@ class Router(_KeepsDtype):
 
     energy: Tensor
     gain: Tensor
+    hidden: Tensor
+    hidden_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
     thresholds: Tensor
     hist: Tensor
 
-    def __init__(self, energy: Tensor, widths: tuple[int, ...], token_mask: TokenMask | None = None) -> None:
+    def __init__(
+        self, energy: Tensor, widths: tuple[int, ...], token_mask: TokenMask | None = None, gain: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.kind = "energy"
         self.widths = tuple(widths)
@@ -82,9 +93,22 @@ class Router(_KeepsDtype):
         self.token_mask = token_mask or TokenMask().to(energy.device)
         device = energy.device
         self.register_buffer("energy", energy.to(torch.float32))
-        self.register_buffer("gain", score_gain(self.widths).to(device))
+        self.measured = gain is not None  # else the gain follows from the widths
+        gain = score_gain(self.widths) if gain is None else gain.to(torch.float32)
+        self.register_buffer("gain", gain.to(device))
         self.register_buffer("thresholds", torch.full((len(widths) - 1,), -torch.inf, device=device))
         self.register_buffer("hist", torch.zeros(len(widths), dtype=torch.int64, device=device), persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the score function is given."""
+        return [getattr(self, name) for name in SCORE_TENSORS[self.kind]]
+
+    def learn(self, network: Sequence[Tensor]) -> None:
+        """Become a trained router: take hidden [H, K + 2], hidden_bias [H], out [E - 1, H], out_bias [E - 1]."""
+        for name, tensor in zip(SCORE_TENSORS["mlp"][2:], network, strict=True):
+            self.register_buffer(name, tensor.detach().to(self.energy.device, torch.float16))
+        self.kind, self.measured = "mlp", True
 
     def bits_by_count(self) -> Tensor:
         """Return the weight bits of each slice count, float64 [E]."""
@@ -171,12 +195,25 @@ class MobiLinear(_KeepsDtype):
             WeightError: the weight cannot become slices.
         """
         sliced = slice_weight(weight.detach(), spec, scale_dtype=scale_dtype, where=where)
-        packed = pack(sliced.codes, spec)
-        n, k = weight.shape
+        return cls.from_slices(sliced, bias, spec, weight.dtype, router=router, token_mask=token_mask)
+
+    @classmethod
+    def from_slices(
+        cls,
+        sliced: SlicedWeight,
+        bias: Tensor | None,
+        spec: SliceSpec,
+        dtype: torch.dtype,
+        *,
+        router: Router | None = None,
+        token_mask: TokenMask | None = None,
+    ) -> MobiLinear:
+        """Pack the codes of a weight that was of `dtype`; the router as in `from_weight`."""
+        n, k = sliced.codes.shape[0], sliced.k
         if router is None:
             router = Router(column_energy(sliced.scale, spec, k) / (n * k), spec.widths, token_mask)
             router.params = n * k
-        return cls(packed, sliced.scale, sliced.zero, bias, spec, k, router, weight.dtype)
+        return cls(pack(sliced.codes, spec), sliced.scale, sliced.zero, bias, spec, k, router, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply tokens [..., K] by the weight of each token's slice count; returns [..., N] in the dtype of x."""
@@ -187,7 +224,7 @@ class MobiLinear(_KeepsDtype):
         router = self.router
         return OPS.elastic_linear.default(
             x,
-            [router.energy, router.gain],
+            router.tensors,
             router.thresholds,
             router.hist,
             router.token_mask.tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from mobiquant_compiler.calibrate import (
 )
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig, matches
 from mobiquant_compiler.errors import BadOption, NothingToQuantize, StrictSkip
-from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, column_energy
+from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, column_energy, elastic_linears
 from mobiquant_compiler.report import Coverage, Skip, SkipReason
 from mobiquant_compiler.runtime.budget import BudgetState
-from mobiquant_compiler.slices import WEIGHT_DTYPES, check_weight
+from mobiquant_compiler.slices import WEIGHT_DTYPES, SlicedWeight, check_weight, slice_weight
+
+MakeRouter = Callable[[Sequence[str], tuple[int, ...], TokenMask], Router]
 
 ANCHORS = (2.5, 3.0, 4.0, 5.0, 6.0, 7.0)  # budgets at which scores are measured, for a range of 2 to 8 bits
 
@@ -139,7 +141,7 @@ def quantize_(
     progress = progress or (lambda stage, done, total: None)
     loss = loss or next_token_loss
     linears, skipped = select(model, config)
-    _check(model, linears, skipped, config, strict)
+    check(model, linears, skipped, config, strict)
     groups = [[name] for name in linears]
     sensitivity: Mapping[str, Tensor] = {}
     tokens = None if calibration is None else check_tokens(calibration).to(next(model.parameters()).device)
@@ -147,21 +149,47 @@ def quantize_(
         if config.scope == "input":
             groups = shared_inputs(model, linears, tokens[:1, :32], loss)
         for group in groups:
-            _group_limits(group, config)
+            group_limits(group, config)
         sensitivity = sensitivities(model, linears, tokens, loss, progress)
     coverage = _replace(model, linears, skipped, config, sensitivity, progress)
-    state = _share_routers(model, groups, config, sensitivity)
-    state.set(state.budget)  # ceilings hold from the start
-    if tokens is not None and len(config.widths) > 1:
-        elastic = {name: model.get_submodule(name) for name in linears}
-        anchors = _anchors(state)
-        state.table = measure_table(model, elastic, state, tokens[:TABLE_WINDOWS], anchors, loss, progress)  # type: ignore[arg-type]
+    attach_budgets(model, linears, groups, config, sensitivity, tokens, loss, progress)
     if budget is not None:
-        state.set(budget)
+        state_of(model).set(budget)
     return coverage
 
 
-def _check(
+def state_of(model: nn.Module) -> BudgetState:
+    """Return the budget state that all routers of a freshly quantized model share."""
+    first = next(iter(elastic_linears(model).values()))
+    state: BudgetState = first.router.state
+    return state
+
+
+def attach_budgets(
+    model: nn.Module,
+    names: Iterable[str],
+    groups: Sequence[Sequence[str]],
+    config: SliceConfig,
+    sensitivity: Mapping[str, Tensor],
+    tokens: Tensor | None,
+    loss: Loss,
+    progress: Progress,
+    make: MakeRouter | None = None,
+) -> BudgetState:
+    """Give the elastic linears of a model their shared routers and, where tokens are given, a measured budget table.
+
+    `make` returns the router of a group of linears, ``make(names, widths, token mask)``; data-free ones by default.
+    """
+    state = _share_routers(model, groups, config, make or _data_free(model, sensitivity))
+    state.set(state.budget)  # ceilings hold from the start
+    if tokens is not None and len(config.widths) > 1:
+        elastic: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        anchors = _anchors(state)
+        state.table = measure_table(model, elastic, state, tokens[:TABLE_WINDOWS], anchors, loss, progress)
+    return state
+
+
+def check(
     model: nn.Module, linears: Mapping[str, nn.Module], skipped: Sequence[Skip], config: SliceConfig, strict: bool
 ) -> None:
     """Find every reason to refuse before the first weight is given up."""
@@ -193,22 +221,29 @@ def _replace(
         module = linears.pop(name)
         weight = weight_of(module)
         before += weight.numel() * weight.element_size()
-        elastic = MobiLinear.from_weight(
-            weight,
-            module.bias,  # type: ignore[arg-type]
-            config.spec_for(weight.shape[1]),
-            token_mask=mask,
-            scale_dtype=SCALE_DTYPES[config.scale_dtype],
-            where=name,
-        )
-        elastic.fingerprint = fingerprint(weight)
-        elastic.train(module.training)
+        elastic = make_elastic(name, module, config, mask)
         set_submodule(model, module, elastic)
         del module, weight
         after += elastic.weight_bytes
         linears[name] = elastic
         progress("slices", done + 1, len(names))
     return Coverage(names, list(skipped), before, after)
+
+
+def make_elastic(
+    name: str, module: nn.Module, config: SliceConfig, mask: TokenMask, sliced: SlicedWeight | None = None
+) -> MobiLinear:
+    """Return the elastic linear that takes the place of `module`, with data-free slices unless they are given."""
+    weight = weight_of(module)
+    spec = config.spec_for(weight.shape[1])
+    if sliced is None:
+        stored = SCALE_DTYPES[config.scale_dtype]
+        sliced = slice_weight(weight.detach(), spec, scale_dtype=stored, where=name)
+    bias: Any = module.bias
+    elastic = MobiLinear.from_slices(sliced, bias, spec, weight.dtype, token_mask=mask)
+    elastic.fingerprint = fingerprint(weight)
+    elastic.train(module.training)
+    return elastic
 
 
 def set_submodule(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -219,28 +254,36 @@ def set_submodule(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[key] = new
 
 
-def _share_routers(
-    model: nn.Module, groups: Sequence[Sequence[str]], config: SliceConfig, sensitivity: Mapping[str, Tensor]
-) -> BudgetState:
-    """Give each group of linears one router, and all routers one budget state and token mask."""
-    routers = []
-    for group in groups:
+def _data_free(model: nn.Module, sensitivity: Mapping[str, Tensor]) -> MakeRouter:
+    def make(group: Sequence[str], widths: tuple[int, ...], mask: TokenMask) -> Router:
         members: list[Any] = [model.get_submodule(name) for name in group]
         params = sum(m.in_features * m.out_features for m in members)
         energies = [
             column_energy(m.scale, m.spec, m.in_features, sensitivity.get(name))
             for name, m in zip(group, members, strict=True)
         ]
-        router = Router(torch.stack(energies).sum(0) / params, members[0].spec.widths, members[0].router.token_mask)
-        router.params = params
-        router.floor, router.ceiling = _group_limits(group, config)
+        return Router(torch.stack(energies).sum(0) / params, widths, mask)
+
+    return make
+
+
+def _share_routers(
+    model: nn.Module, groups: Sequence[Sequence[str]], config: SliceConfig, make: MakeRouter
+) -> BudgetState:
+    """Give each group of linears one router, and all routers one budget state and token mask."""
+    routers = []
+    for group in groups:
+        members: list[Any] = [model.get_submodule(name) for name in group]
+        router = make(group, members[0].spec.widths, members[0].router.token_mask)
+        router.params = sum(m.in_features * m.out_features for m in members)
+        router.floor, router.ceiling = group_limits(group, config)
         for member in members:
             member.router = router
         routers.append(router)
     return BudgetState(routers)
 
 
-def _group_limits(group: Sequence[str], config: SliceConfig) -> tuple[int, int]:
+def group_limits(group: Sequence[str], config: SliceConfig) -> tuple[int, int]:
     """Return the floor and ceiling of linears that share one decision: the strictest of each."""
     limits = [config.limits(name) for name in group]
     low, high = max(low for low, _ in limits), min(high for _, high in limits)

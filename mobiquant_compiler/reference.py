@@ -14,6 +14,9 @@ from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
 
+_TINY = 1e-12  # keeps a token of zeros finite
+_LIMIT = 10.0  # of what a network may add to the logarithm of a score
+
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that dot products of `x` are summed in: float32, or float64 for float64 input."""
@@ -37,7 +40,39 @@ def energy_scores(x: Tensor, router: Sequence[Tensor]) -> Tensor:
     return (x.float().square() @ energy).unsqueeze(-1) * gain
 
 
-SCORES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {"energy": energy_scores}
+def mlp_features(x: Tensor) -> Tensor:
+    """Return what a trained router looks at: the token over its root mean square, and the logs of that and of its peak.
+
+    Shapes: x [T, K]; returns float32 [T, K + 2].
+    """
+    x = x.float()
+    rms = x.square().mean(-1, keepdim=True).add(_TINY).sqrt()
+    normal = x / rms
+    peak = normal.abs().amax(-1, keepdim=True).add(_TINY)
+    return torch.cat([normal, rms.log(), peak.log()], -1)
+
+
+def mlp_scores(x: Tensor, router: Sequence[Tensor]) -> Tensor:
+    """Score tokens by the predicted error of `energy_scores` times the exponential of a two-layer network's output.
+
+    Args:
+        x: [T, K].
+        router: ``energy`` and ``gain`` as in `energy_scores`; ``hidden`` [H, K + 2] and ``hidden_bias`` [H] of the
+            first layer, ``out`` [E - 1, H] and ``out_bias`` [E - 1] of the second; any floating-point dtype.
+
+    Returns:
+        Scores [T, E - 1] float32. Zero second layers give those of `energy_scores`.
+
+    Source: MoBiRoute, arXiv 2602.20191: a two-layer network per linear with a score per further slice; here it learns
+    what the prediction of section 5 of the design leaves open.
+    """
+    energy, gain, hidden, hidden_bias, out, out_bias = router
+    inner = torch.nn.functional.silu(mlp_features(x) @ hidden.float().t() + hidden_bias.float())
+    correction = inner @ out.float().t() + out_bias.float()
+    return energy_scores(x, (energy, gain)) * correction.clamp(-_LIMIT, _LIMIT).exp()
+
+
+SCORES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {"energy": energy_scores, "mlp": mlp_scores}
 
 
 def record(counts: Tensor, hist: Tensor, mask: Tensor) -> None:

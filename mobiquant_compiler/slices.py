@@ -82,6 +82,13 @@ def _encode(weight: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec) -> tup
     return (base * rest + residual).to(torch.uint8), outside
 
 
+def storage_dtype(weight: Tensor, wanted: torch.dtype) -> torch.dtype:
+    """Return the dtype of scale and zero point: as wanted, or float32 where a group's step is out of its range."""
+    limit = torch.finfo(wanted)
+    largest = float(weight.abs().amax())
+    return torch.float32 if largest > limit.max / 4 or 0 < largest < limit.tiny * 1024 else wanted
+
+
 def slice_weight(
     weight: Tensor, spec: SliceSpec, *, scale_dtype: torch.dtype = torch.float16, where: str = "weight"
 ) -> SlicedWeight:
@@ -105,10 +112,7 @@ def slice_weight(
     check_weight(weight, spec, where)
     n, k = weight.shape
     padded = spec.padded(k)
-    limit = torch.finfo(scale_dtype)
-    largest = float(weight.abs().amax())
-    if largest > limit.max / 4 or 0 < largest < limit.tiny * 1024:
-        scale_dtype = torch.float32
+    scale_dtype = storage_dtype(weight, scale_dtype)
     codes = torch.zeros(n, padded, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(spec.scale_shape(n, k), dtype=scale_dtype, device=weight.device)
     zero = torch.empty_like(scale)

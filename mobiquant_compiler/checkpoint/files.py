@@ -25,16 +25,16 @@ from mobiquant_compiler.errors import (
     CheckpointTensor,
     CheckpointTooNew,
 )
+from mobiquant_compiler.linear import SCORE_TENSORS
 from mobiquant_compiler.reference import SCORES
 from mobiquant_compiler.spec import Layout, SliceSpec
 
 METHOD = "mobiquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 << 30
-ROUTER_KEYS = ("energy",)  # what cannot be derived: gain follows from the widths, thresholds from the budget
 TABLE_KEYS = ("anchors", "quantiles")
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 _DTYPES = {
@@ -107,16 +107,20 @@ class LinearFacts:
 
 @dataclass(frozen=True, slots=True)
 class RouterFacts:
-    """One router: its score function, its limits, and the linears that share it; the first names its tensors."""
+    """One router: its score function, its limits, and the linears that share it; the first names its tensors.
+
+    `measured` says that its gain is stored; otherwise it follows from the widths (as in all files of format 1).
+    """
 
     linears: tuple[str, ...]
     kind: str = "energy"
     floor: int = 1
     ceiling: int = 1
+    measured: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "linears", tuple(self.linears))
-        if not self.linears or self.kind not in SCORES:
+        if not self.linears or self.kind not in SCORES or (self.kind == "mlp" and not self.measured):
             raise ValueError(f"a router of kind {self.kind!r} with {len(self.linears)} linears")
         if not (isinstance(self.floor, int) and isinstance(self.ceiling, int) and 1 <= self.floor <= self.ceiling):
             raise ValueError(f"router floor {self.floor!r} and ceiling {self.ceiling!r}")
@@ -125,6 +129,11 @@ class RouterFacts:
     def prefix(self) -> str:
         """Prefix of the router's tensors."""
         return f"{self.linears[0]}.router"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Last parts of the names of its tensors; thresholds follow from the budget."""
+        return SCORE_TENSORS[self.kind] if self.measured else ("energy",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +171,7 @@ class Manifest:
         """Return the names of the tensors that elastic linears, routers and budget tables are stored in."""
         names = {f"{name}.{key}" for name in self.linears for key in ("slices", "scale", "zero")}
         names |= {f"{name}.bias" for name, facts in self.linears.items() if facts.bias is not None}
-        names |= {f"{router.prefix}.{key}" for state in self.states for router in state.routers for key in ROUTER_KEYS}
+        names |= {f"{router.prefix}.{key}" for state in self.states for router in state.routers for key in router.keys}
         calibrated = [i for i, state in enumerate(self.states) if state.table == "calibrated"]
         return names | {f"{table_prefix(i)}.{key}" for i in calibrated for key in TABLE_KEYS}
 
@@ -218,7 +227,7 @@ def read_manifest(directory: Path) -> Manifest:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointTooNew(path=directory / CONFIG, got=version, wanted=f"up to {FORMAT_VERSION}")
     try:
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
             raise ValueError(f"format_version is {version!r}")
         manifest = _parse(ours, config)
     except (KeyError, TypeError, ValueError, AttributeError, BadSliceSpec) as err:

@@ -30,7 +30,7 @@ from mobiquant_compiler.errors import (
     CheckpointTensor,
     WeightNotInCheckpoint,
 )
-from mobiquant_compiler.linear import MobiLinear, Router, TokenMask
+from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router, TokenMask
 from mobiquant_compiler.meta import WeightsOnMeta
 from mobiquant_compiler.quantize import fingerprint, linear_like, weight_of
 from mobiquant_compiler.runtime.budget import QUANTILES, BudgetState, CalibratedTable, StaticTable
@@ -77,10 +77,31 @@ class Reader:
         name = f"{facts.prefix}.energy"
         energy = self.shards.read(name, (linears[0].in_features,), torch.float32)
         self._check_finite(name, energy)
-        router = Router(energy, linears[0].widths, self.mask)
-        router.kind, router.floor, router.ceiling = facts.kind, facts.floor, facts.ceiling
+        router = Router(energy, linears[0].widths, self.mask, self._gain(facts, linears[0]))
+        if facts.kind == "mlp":
+            router.learn(self._network(facts, linears[0]))
+        router.floor, router.ceiling = facts.floor, facts.ceiling
         router.params = sum(f.in_features * f.out_features for f in linears)
         return router
+
+    def _network(self, facts: RouterFacts, linear: LinearFacts) -> list[Tensor]:
+        """Return the tensors of a trained router, whose width the file decides."""
+        hidden, hidden_bias, out, out_bias = (f"{facts.prefix}.{key}" for key in SCORE_TENSORS["mlp"][2:])
+        first = self.shards.read(hidden, (-1, linear.in_features + 2), torch.float16)
+        width, scores = first.shape[0], len(linear.widths) - 1
+        shapes = {hidden_bias: (width,), out: (scores, width), out_bias: (scores,)}
+        network = [first, *(self.shards.read(name, shape, torch.float16) for name, shape in shapes.items())]
+        for name, tensor in zip((hidden, *shapes), network, strict=True):
+            self._check_finite(name, tensor)
+        return network
+
+    def _gain(self, facts: RouterFacts, linear: LinearFacts) -> Tensor | None:
+        if not facts.measured:
+            return None
+        name = f"{facts.prefix}.gain"
+        gain = self.shards.read(name, (len(linear.widths) - 1,), torch.float32)
+        self._check_finite(name, gain, least=0.0)
+        return gain
 
     def _table(self, number: int, facts: StateFacts) -> CalibratedTable | StaticTable:
         if facts.table == "static":
@@ -88,6 +109,9 @@ class Reader:
         names = [f"{table_prefix(number)}.{key}" for key in TABLE_KEYS]
         anchors = self.shards.read(names[0], (-1,), torch.float64).cpu()
         wanted = (len(anchors), len(facts.routers), QUANTILES)
+        if any(router.kind == "mlp" for router in facts.routers):
+            scores = len(self.manifest.linears[facts.routers[0].linears[0]].widths) - 1
+            wanted = (*wanted[:2], scores, QUANTILES)
         quantiles = self.shards.read(names[1], wanted, torch.float32).cpu()
         for name, tensor in zip(names, (anchors, quantiles), strict=True):
             if tensor.numel() == 0 or bool(tensor.isnan().any()) or bool((tensor.diff(dim=-1) < 0).any()):
@@ -217,6 +241,9 @@ def weight_source(directory: str | Path) -> Callable[[Tensor, SliceSpec, str], M
         if make is None:
             raise WeightNotInCheckpoint(path=directory, where=name, shape=" x ".join(map(str, weight.shape)))
         linear = make()
+        if linear.router.kind != "energy":
+            what = f"layer {name} has a trained router, which a plain model cannot take (load the checkpoint instead)"
+            raise CheckpointMismatch(path=directory, what=what, got=linear.router.kind, wanted="energy")
         if linear.spec != spec:
             what = f"layer {name} is sliced otherwise (set options['slices'] to match)"
             raise CheckpointMismatch(path=directory, what=what, got=linear.spec, wanted=spec)

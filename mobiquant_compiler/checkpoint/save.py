@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from mobiquant_compiler.checkpoint.files import (
     CONFIG,
     INDEX,
-    ROUTER_KEYS,
     SHARD_BYTES,
     TABLE_KEYS,
     LinearFacts,
@@ -27,7 +27,7 @@ from mobiquant_compiler.checkpoint.files import (
     write_shards,
 )
 from mobiquant_compiler.errors import BadOption, CheckpointInTheWay, CheckpointMismatch, NotElastic
-from mobiquant_compiler.linear import MobiLinear, Router, elastic_linears, plain_name
+from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router, elastic_linears, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable
 
 
@@ -98,7 +98,8 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     for name, linear in linears.items():
         members.setdefault(linear.router, []).append(name)
     states = _states(list(members))
-    tensors, tied = _stored(model, {f"{names[0]}.router" for names in members.values()}, set(linears))
+    routers = {f"{names[0]}.router": router for router, names in members.items()}
+    tensors, tied = _stored(model, routers, set(linears))
     facts = []
     for number, state in enumerate(states):
         calibrated = isinstance(state.table, CalibratedTable)
@@ -107,13 +108,18 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
         elif not isinstance(state.table, StaticTable):
             wanted = "a StaticTable or a CalibratedTable"
             raise BadOption(where="save", name="budget table", got=type(state.table).__name__, wanted=wanted)
-        routers = tuple(RouterFacts(tuple(members[r]), r.kind, r.floor, r.ceiling) for r in state.routers)
+        routers = tuple(RouterFacts(tuple(members[r]), r.kind, r.floor, r.ceiling, r.measured) for r in state.routers)
         facts.append(StateFacts(state.budget, "calibrated" if calibrated else "static", routers))
     config = getattr(model, "config", None)
     own = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
     if own and not own.get("architectures"):
         own["architectures"] = [type(model).__name__]
     return Manifest({n: _facts(m) for n, m in linears.items()}, tuple(facts), tied, own), tensors
+
+
+def stored_keys(router: Router) -> tuple[str, ...]:
+    """Return the buffers of a router that a checkpoint holds: an unmeasured gain follows from the widths."""
+    return SCORE_TENSORS[router.kind] if router.measured else ("energy",)
 
 
 def _states(routers: list[Router]) -> list[BudgetState]:
@@ -144,7 +150,9 @@ def _facts(linear: MobiLinear) -> LinearFacts:
     )
 
 
-def _stored(model: nn.Module, prefixes: set[str], linears: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _stored(
+    model: nn.Module, owners: Mapping[str, Router], linears: set[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors to store and the other names of tied ones; shared routers and shared linears count once."""
     names = {plain_name(n) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MobiLinear)}
     again = tuple(f"{name}." for name in names - linears)
@@ -158,7 +166,7 @@ def _stored(model: nn.Module, prefixes: set[str], linears: set[str]) -> tuple[di
         if name.startswith(again):
             continue
         if owner in routers:
-            if owner in prefixes and key in ROUTER_KEYS:
+            if owner in owners and key in stored_keys(owners[owner]):
                 stored[name] = tensor
             continue
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -10,11 +10,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from mobiquant_compiler.errors import BadOption, BudgetOutOfRange, MobiQuantError
 
+SAID_EVERY = 60.0  # seconds between two lines of one stage where no terminal is
 PIPE_WIDTH = 160  # columns of a table that no terminal limits
 DEFAULT_BUDGETS = (8.0, 6.0, 5.0, 4.0, 3.0)
 Report = Callable[[str, int, int], None]
@@ -42,7 +51,8 @@ def progress() -> Iterator[Report]:
     if not err().is_terminal:
         yield _line_reporter()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=err()) as display:
 
@@ -54,16 +64,21 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def _line_reporter() -> Report:
-    started: dict[str, float] = {}
-    last = time.monotonic()
+def _line_reporter(clock: Callable[[], float] = time.monotonic) -> Report:
+    started: dict[str, tuple[float, int]] = {}  # when, and how much was done by then (a run that goes on)
+    said: dict[str, float] = {}
+    last = clock()
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
-        started.setdefault(stage, last)
-        last = time.monotonic()
+        since, skipped = started.setdefault(stage, (last, done - 1))
+        last = clock()
         if done == total:
-            note(f"{stage}: {done}/{total} in {last - started.pop(stage):.0f} s")
+            note(f"{stage}: {done}/{total} in {last - started.pop(stage)[0]:.0f} s")
+        elif last - said.setdefault(stage, since) >= SAID_EVERY:
+            said[stage] = last
+            left = (last - since) / (done - skipped) * (total - done)
+            note(f"{stage}: {done}/{total}, {left:.0f} s left")
 
     return report
 

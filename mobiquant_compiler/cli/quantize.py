@@ -36,6 +36,15 @@ def quantize(
     ] = "pydoc-calibration",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Choose the slices on the calibration text too, block by block.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="With --calibrate: gradient steps on scales and zero points.")] = 160,
+    state: Annotated[
+        Path | None, typer.Option(help="With --calibrate: directory to keep finished steps in and go on from.")
+    ] = None,
+    router: Annotated[str, typer.Option(help="With --calibrate: 'energy', or 'mlp', trained networks.")] = "energy",
+    seed: Annotated[int, typer.Option(help="With --calibrate: of everything that is drawn.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Bits to start with; all slices by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -49,6 +58,7 @@ def quantize(
     """Turn a model's linear layers into slices, check what budgets cost, and save the checkpoint."""
     QuickCheck.refuse(check_windows, warn_ratio)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
+    how = _calibration_config(calibrate, calibration, steps, state, router, seed)
     import mobiquant_compiler as mq
     from mobiquant_compiler.checkpoint import save
 
@@ -56,7 +66,12 @@ def quantize(
         loaded = load(model, device, dtype, report)
         tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
         check = QuickCheck(loaded, model, check_windows, positive(length, "--length"), warn_ratio, report)
-        coverage = mq.quantize_(loaded.model, config, calibration=tokens, budget=budget, strict=strict, progress=report)
+        shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
+        if how is None:
+            coverage = mq.quantize_(loaded.model, config, calibration=tokens, **shared)
+        else:
+            assert tokens is not None, "refused above"
+            coverage = mq.calibrate_(loaded.model, tokens, how, slices=config, state=state, **shared)
         checked = check.run(budget)
     where = save(loaded.model, output, tokenizer=loaded.tokenizer)
     if as_json:
@@ -68,6 +83,19 @@ def quantize(
 
 def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
     return text_windows(loaded, source, text, positive(windows, "--windows"), positive(length, "--length"))
+
+
+def _calibration_config(calibrate: bool, text: str, steps: int, state: Path | None, router: str, seed: int) -> Any:
+    """Build the CalibrationConfig, None without --calibrate; before anything is loaded."""
+    from mobiquant_compiler.calibration import CalibrationConfig
+
+    if not calibrate:
+        if state is not None:
+            raise BadOption(where="command line", name="--state", got=str(state), wanted="--calibrate with it")
+        return None
+    if text == "none":
+        raise BadOption(where="command line", name="--calibration", got=text, wanted="a text, with --calibrate")
+    return CalibrationConfig(tune_steps=steps, router=router, seed=seed)
 
 
 def _config(

@@ -20,8 +20,8 @@ from mobiquant_compiler.report import Skip, SkipReason
 from mobiquant_compiler.slices import WEIGHT_DTYPES
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
-PER_LINEAR = ("slices", "scale", "zero", "energy", "thresholds", "hist")
-PER_GRAPH = ("gain", "mask")
+PER_LINEAR = ("slices", "scale", "zero", "energy", "gain", "thresholds", "hist")
+PER_GRAPH = ("mask",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class BindSlices:
 
         %linear = call_function[torch._C._nn.linear](%x, %w, %bias)
 
-    After (six inputs a linear, two a graph, appended)::
+    After (seven inputs a linear, one a graph, appended)::
 
         %elastic = call_function[mobiquant.elastic_linear](%x, [%energy, %gain], %thresholds, %hist, %mask,
                        energy, %slices, %scale, %zero, %bias, [2, 2, 2, 2], 64, slice_major, a16, routed)
@@ -134,6 +134,7 @@ def _bind(gm: GraphModule, name: str, weight: tuple[Node, bool], index: int, ctx
         "scale": (scales, torch.float32),
         "zero": (scales, torch.float32),
         "energy": ((k,), torch.float32),
+        "gain": ((spec.num_slices - 1,), torch.float32),
         "thresholds": ((spec.num_slices - 1,), torch.float32),
         "hist": ((spec.num_slices,), torch.int64),
     }
@@ -141,10 +142,7 @@ def _bind(gm: GraphModule, name: str, weight: tuple[Node, bool], index: int, ctx
 
 
 def _shared_inputs(gm: GraphModule, ctx: PassContext, device: torch.device) -> dict[str, Node]:
-    kinds = {
-        "gain": ((len(ctx.config.slices.widths) - 1,), torch.float32),
-        "mask": ((1 + MASK_CAPACITY,), torch.int32),
-    }
+    kinds = {"mask": ((1 + MASK_CAPACITY,), torch.int32)}
     return {key: add_input(gm, f"mq_{key}", *kinds[key], device, BindSlices.name) for key in PER_GRAPH}
 
 
@@ -155,7 +153,7 @@ def _rewrite(gm: GraphModule, node: Node, own: dict[str, Node], shared: dict[str
         elastic = at(
             OPS.elastic_linear.default,
             x,
-            [own["energy"], shared["gain"]],
+            [own["energy"], own["gain"]],
             own["thresholds"],
             own["hist"],
             shared["mask"],

@@ -83,7 +83,8 @@ class CalibratedTable:
 
     Attributes:
         anchors: Budgets at which scores were measured, rising, float64 [A].
-        quantiles: Quantiles of the natural logarithm of each router's base score, float32 [A, R, Q].
+        quantiles: Quantiles of the natural logarithm of each router's base score, float32 [A, R, Q]; or
+            [A, R, E - 1, Q], of the least score up to each slice, where routers are trained.
     """
 
     anchors: Tensor
@@ -99,14 +100,18 @@ class CalibratedTable:
 
     def _curve(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
         """Return the threshold grid [P] (log, falling) and the mean bits at each point [A, P] (rising)."""
-        key = tuple((r.floor, r.ceiling, r.params) for r in routers)
+        key = tuple((r.floor, r.ceiling, r.params, *r.gain.tolist()) for r in routers)
         if key not in self._curves:
             self._curves[key] = self._measure(routers)
         return self._curves[key]
 
     def _measure(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
-        gain = routers[0].gain.double().cpu().log()
+        gain = torch.stack([r.gain.double().cpu().log() for r in routers])  # [R, E - 1]
         quantiles = self.quantiles.double()
+        if quantiles.dim() == 4:
+            gain = torch.zeros_like(gain)
+        else:
+            quantiles = quantiles.unsqueeze(2).expand(-1, -1, gain.shape[1], -1)
         finite = quantiles[torch.isfinite(quantiles)]
         high, low = float(finite.max() + gain.max()) + 1e-3, float(finite.min() + gain.min()) - 1e-3
         grid = torch.linspace(high, low, _GRID, dtype=torch.float64)
@@ -114,9 +119,9 @@ class CalibratedTable:
         widths = torch.tensor(routers[0].widths, dtype=torch.float64)
         params = torch.tensor([r.params for r in routers], dtype=torch.float64)
         curves = []
-        for anchor in quantiles:  # [R, Q]
-            needed = grid.view(1, 1, -1) - gain.view(1, -1, 1)  # base score that slice e needs, [1, E - 1, P]
-            share = _share_above(anchor, needed.expand(len(routers), -1, -1))
+        for anchor in quantiles:  # [R, E - 1, Q]
+            needed = grid.view(1, 1, -1) - gain.unsqueeze(-1)  # score that slice e needs, [R, E - 1, P]
+            share = _share_above(anchor.flatten(0, 1), needed.flatten(0, 1)).view(needed.shape)
             share = torch.where(forced.unsqueeze(-1), 1.0, torch.where(usable.unsqueeze(-1), share, 0.0))
             bits = widths[0] + (share * widths[1:].view(1, -1, 1)).sum(1)
             curves.append((bits * params.unsqueeze(1)).sum(0) / params.sum())
@@ -124,13 +129,13 @@ class CalibratedTable:
 
 
 def _share_above(quantiles: Tensor, values: Tensor) -> Tensor:
-    """Return the share of each router's scores at or above `values`; quantiles [R, Q], values [R, E - 1, P]."""
-    flat = values.reshape(values.shape[0], -1).contiguous()
+    """Return the share of scores at or above `values`, row by row; quantiles [R, Q], values [R, P]."""
+    flat = values.contiguous()
     last = quantiles.shape[1] - 1
     right = torch.searchsorted(quantiles.contiguous(), flat).clamp(1, last)
     below, above = quantiles.gather(1, right - 1), quantiles.gather(1, right)
     inside = ((flat - below) / (above - below).clamp_min(1e-12)).clamp(0, 1)
-    return (1 - (right - 1 + inside) / last).view(values.shape)
+    return 1 - (right - 1 + inside) / last
 
 
 def _invert(grid: Tensor, curve: Tensor, budget: float) -> Tensor:

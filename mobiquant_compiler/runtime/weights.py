@@ -129,6 +129,7 @@ def _overwrite(old: MobiLinear, new: MobiLinear) -> None:
         old.scale.copy_(new.scale)
         old.zero.copy_(new.zero)
         old.router.energy.copy_(new.router.energy)
+        old.router.gain.copy_(new.router.gain)
 
 
 BOUND = WeightTable()
@@ -193,8 +194,8 @@ class BoundGraph:
 
 def bound_inputs(linears: Sequence[MobiLinear]) -> list[Tensor]:
     """Return the tensors that bind-slices appended inputs for, in its order."""
-    shared = [linears[0].router.gain, linears[0].router.token_mask.tokens]
+    inputs = [linears[0].router.token_mask.tokens]
     for linear in linears:
         router = linear.router
-        shared += [linear.slices, linear.scale, linear.zero, router.energy, router.thresholds, router.hist]
-    return shared
+        inputs += [linear.slices, linear.scale, linear.zero, router.energy, router.gain, router.thresholds, router.hist]
+    return inputs

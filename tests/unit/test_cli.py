@@ -13,12 +13,43 @@ import torch
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
-from mobiquant_compiler.cli.console import user_error
+from mobiquant_compiler.cli.console import _line_reporter, user_error
 from mobiquant_compiler.errors import NotElastic
+from mobiquant_compiler.linear import elastic_linears
 from tests.model_dirs import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--windows", "2", "--length", "32")
+
+
+def test_quantize_can_calibrate_and_go_on(run: Run, plain: str, tmp_path: Path) -> None:
+    options = (*SMALL, "--calibrate", "--steps", "2", "--state", tmp_path / "state", "--json")
+    code, out, err = run("quantize", plain, tmp_path / "out", *options)
+    assert code == 0, err
+    assert len(json.loads(out)["rewritten"]) == len(elastic_linears(checkpoint.load(tmp_path / "out")))
+    assert all(f"{stage}: " in err for stage in ("sensitivity", "blocks", "scales", "budget table"))
+    code, _, err = run("quantize", plain, tmp_path / "out", *options)
+    assert code == 0
+    assert "sensitivity: " not in err
+    assert run("quantize", plain, tmp_path / "free", *SMALL)[0] == 0
+    free, chosen = (elastic_linears(checkpoint.load(tmp_path / name)) for name in ("free", "out"))
+    assert not any(torch.equal(linear.slices, chosen[name].slices) for name, linear in free.items())
+
+
+def test_calibration_options_need_calibrate_and_a_text(fails: Callable[..., str], plain: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "'--state' got" in fails("quantize", plain, out, "--state", tmp_path / "s")
+    assert "'--calibration' got 'none'" in fails("quantize", plain, out, "--calibrate", "--calibration", "none")
+    assert "'tune_steps' got -1" in fails("quantize", plain, out, "--calibrate", "--steps", "-1")
+    assert not out.exists()
+
+
+def test_long_stages_say_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 10.0, 40.0, 80.0, 100.0])
+    report = _line_reporter(lambda: next(times))
+    for done in (3, 4, 5, 6):
+        report("blocks", done, 6)
+    assert capsys.readouterr().err.splitlines() == ["blocks: 5/6, 27 s left", "blocks: 6/6 in 100 s"]
 
 
 class TestHelp:

@@ -33,7 +33,7 @@ def test_dumps_hold_texts_diffs_and_a_report(tmp_path):
     assert names == {f"{s}.fx" for s in steps} | {f"{s}.diff" for s in steps[1:]} | {"report.json"}
     diff = (folder / "02-bind-slices.diff").read_text()
     assert diff.startswith("--- before\n+++ after bind-slices\n")
-    assert "+%mq_gain: float32[3] = input" in diff
+    assert "+%mq_mask: int32[65537] = input" in diff
     assert (folder / "01-normalise-linears.diff").read_text() == ""
     data = json.loads((folder / "report.json").read_text())
     assert data["graph"] == report.graph

@@ -118,9 +118,8 @@ def test_bind_slices_appends_inputs_and_keeps_the_originals_first():
     done = run_passes(model, [torch.randn(3, 64)], BIND)
     names = [n.name for n in done.gm.graph.nodes if n.op == "placeholder"]
     assert names[-8:] == [
-        "mq_gain",
         "mq_mask",
-        *(f"mq0_{k}" for k in ["slices", "scale", "zero", "energy", "thresholds", "hist"]),
+        *(f"mq0_{k}" for k in ["slices", "scale", "zero", "energy", "gain", "thresholds", "hist"]),
     ]
     assert len(names) == len(done.inputs) + 8, "one weight used twice is bound once"
     for node in list(done.gm.graph.nodes)[len(done.inputs) : len(names)]:

@@ -153,8 +153,8 @@ class TestTensors:
 
 class TestOtherModels:
     def test_newer_format(self, copy: Path) -> None:
-        edit_config(copy, {"format_version": 2})
-        with pytest.raises(CheckpointTooNew, match="version 2 is newer"):
+        edit_config(copy, {"format_version": 3})
+        with pytest.raises(CheckpointTooNew, match="version 3 is newer"):
             checkpoint.load(copy)
 
     @pytest.mark.parametrize("ours", [{"quant_method": "gptq", "bits": 4}, None])
