@@ -190,6 +190,10 @@ class KernelDoesNotFit(CodegenError):
     )
 
 
+class TooManyRows(CodegenError):
+    message = "{where}: got {got} output rows in one launch; a grid has programs for at most {wanted}. Split the weight by rows."
+
+
 class BadCrossover(CodegenError):
     message = "crossover table {path}: {reason}. Delete it, or measure a new one with `mobiquant tune`."
 

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mobiquant_compiler.errors import TooManyRows
 from mobiquant_compiler.spec import Activation, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+MOST_BLOCKS = 65535  # programs of a grid's second axis (CUDA programming guide, table of limits)
 
 
 class LaunchableKernel(Protocol):
@@ -171,8 +173,15 @@ def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Wei
 
     Returns:
         [..., N] a weight, in the dtype of the activations.
+
+    Raises:
+        TooManyRows: more output rows than a grid has programs for, a million and more.
     """
     spec, tokens, device = kernel.spec, prepared.tokens, prepared.counts.device
+    blocks = sum(ceil_div(weight.rows, spec.block_n) for weight in weights)
+    if blocks > MOST_BLOCKS:
+        rows = sum(weight.rows for weight in weights)
+        raise TooManyRows(where="multiply", got=rows, wanted=MOST_BLOCKS * spec.block_n)
     ys = [torch.empty(*prepared.shape, w.rows, dtype=prepared.dtype, device=device) for w in weights]
     if tokens == 0:
         return ys
@@ -187,7 +196,6 @@ def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Wei
             f"y{mark}_ptr": y,
             f"n{mark}_rows": weight.rows,
         }
-    blocks = sum(ceil_div(weight.rows, spec.block_n) for weight in weights)
     with _current(prepared.counts):
         kernel.launch(
             (ceil_div(tokens, spec.block_m), blocks),

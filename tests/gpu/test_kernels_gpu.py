@@ -19,7 +19,7 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.float16, BF16)
-TOKENS = (1, 2, 7, 8, 9, 33, 64, 130, 1000)
+TOKENS = (1, 2, 7, 8, 9, 17, 32, 33, 64, 130, 1000)
 K = 200  # no group divides it
 
 

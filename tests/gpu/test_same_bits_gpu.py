@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 WHERE = "cuda"
-PARTS = ((0, 1), (1, 3), (10, 17), (20, 36), (40, 73), (100, 164))  # 1, 2, 7, 16, 33 and 64 tokens
+PARTS = ((0, 1), (1, 3), (10, 17), (20, 36), (50, 70), (40, 73), (100, 164))  # 1, 2, 7, 16, 20, 33 and 64 tokens
 
 
 def run(case: Case, activation: Activation = Activation.A16, prefill: Prefill = Prefill.ROUTED) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
+from mobiquant_compiler.errors import TooManyRows
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
@@ -103,6 +104,14 @@ def test_a_program_for_each_block_of_tokens_and_of_rows(
     for number, n in enumerate(rows):
         assert arguments[f"n{number or ''}_rows"] == n
         assert arguments[f"y{number or ''}_ptr"] is ys[number]
+
+
+def test_more_rows_than_a_grid_has_programs() -> None:
+    many = kernel(Family.SLICED_MMA)
+    large = Weight(torch.empty(4, 1_048_561, 3, dtype=torch.int32, device="meta"), torch.empty(0), torch.empty(0), None)
+    with pytest.raises(TooManyRows, match=r"got 1048561 output rows in one launch; a grid has programs for at most 1048560"):
+        launch.multiply(many, prepared(1), [large])
+    assert not many.launches
 
 
 def test_nothing_is_launched_for_no_tokens() -> None:
