@@ -191,7 +191,7 @@ class KernelDoesNotFit(CodegenError):
 
 
 class TooManyRows(CodegenError):
-    message = "{where}: got {got} output rows in one launch; a grid has programs for at most {wanted}. Split the weight by rows."
+    message = "{where}: got {got} output rows in one launch; wanted at most {wanted}. Split the weight by rows."
 
 
 class BadCrossover(CodegenError):

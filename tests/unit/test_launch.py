@@ -109,7 +109,7 @@ def test_a_program_for_each_block_of_tokens_and_of_rows(
 def test_more_rows_than_a_grid_has_programs() -> None:
     many = kernel(Family.SLICED_MMA)
     large = Weight(torch.empty(4, 1_048_561, 3, dtype=torch.int32, device="meta"), torch.empty(0), torch.empty(0), None)
-    with pytest.raises(TooManyRows, match=r"got 1048561 output rows in one launch; a grid has programs for at most 1048560"):
+    with pytest.raises(TooManyRows, match=r"got 1048561 output rows in one launch; wanted at most 1048560"):
         launch.multiply(many, prepared(1), [large])
     assert not many.launches
 
