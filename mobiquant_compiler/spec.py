@@ -177,7 +177,7 @@ class KernelSpec:
         block_w: BLOCK_W, columns per step; tiles of tokens that share their activations in the L2 cache (sliced_wgmma).
         block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
         num_warps: NUM_WARPS, warps per program.
-        padded: PADDED, there are fewer than K_PADDED columns of activations (route_quantize).
+        columns: COLUMNS of activations, at most K_PADDED (route_quantize).
         num_stages: NUM_STAGES, of the pipeline of the loop over columns.
         row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
@@ -202,7 +202,7 @@ class KernelSpec:
     block_w: int = 32
     block_r: int = 1
     num_warps: int = 4
-    padded: bool = False
+    columns: int = 0
     num_stages: int = 1
     row_unit: int = 1
     overlap: bool = False
@@ -229,7 +229,7 @@ class KernelSpec:
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = ("route", "quantize", "padded", "overlap", "sorted_rows", "has_bias", "emulate")
+        flags = ("route", "quantize", "overlap", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
         early = f"_prefetch{self.prefetch}" if self.prefetch else ""
@@ -238,7 +238,8 @@ class KernelSpec:
         stages = f"p{self.num_stages}" if self.num_stages > 1 else ""
         scored = f"r{self.block_r}" if self.block_r > 1 else ""
         tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"
-        weight = f"s{widths}_g{self.group}_k{self.k}_{self.layout}"
+        columns = f"of{self.columns}" if self.columns not in (0, self.k) else ""
+        weight = f"s{widths}_g{self.group}_k{self.k}{columns}_{self.layout}"
         return f"{self.family}__{weight}_{self.activation}{parts}{marks}{early}_{tile}"
 
     def describe(self) -> dict[str, str]:

@@ -193,7 +193,7 @@ def kernel_spec(
             parts=parts if mma else 1,
             route=route and first,
             quantize=quantize and first,
-            padded=first and weight.padded(k) != k,
+            columns=k if first else 0,
             block_m=tile.block_m,
             block_n=tile.block_n,
             block_w=tile.block_w,
@@ -215,7 +215,7 @@ def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tup
         # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
         warps = 4 if k <= _LONG else 8
         columns = min(256 * warps, power_of_two(weight.padded(k)))
-        return (Tile(1, 1, columns, warps, block_r=min(_SCORED, power_of_two(weight.padded(k)))),)
+        return (Tile(1, 1, columns, warps, block_r=min(_SCORED, power_of_two(k))),)
     if family in (Family.DEQUANTIZE, Family.GATHER_TOKENS):
         return _TILES[family, TokenClass.MANY]
     if tokens is not TokenClass.ONE and weight.num_slices > _WIDE_SLICES:

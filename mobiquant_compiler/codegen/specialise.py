@@ -42,7 +42,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "BLOCK_W": spec.block_w,
         "BLOCK_R": spec.block_r,
         "NUM_WARPS": spec.num_warps,
-        "PADDED": spec.padded,
+        "COLUMNS": spec.columns,
         "ROW_UNIT": spec.row_unit,
         "NUM_STAGES": spec.num_stages,
         "EMULATE": spec.emulate,

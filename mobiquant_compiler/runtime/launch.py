@@ -162,7 +162,6 @@ def prepare(
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
                 tokens=tokens,
-                columns=columns,
                 capacity=0 if mask is None else mask.numel(),
             )
     return prepared

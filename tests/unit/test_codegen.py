@@ -217,7 +217,7 @@ def test_programs_quantize_whole_groups_and_few_columns_too_many(k: int, group: 
     assert spec.block_w <= max(group, 256 * spec.num_warps), "16 bytes of bfloat16 a thread"
     for block in (spec.block_w, spec.block_r):
         assert block < 2 * spec.k
-    assert spec.padded == (spec.k != k), "masks only where columns are missing"
+    assert spec.columns == k
     for family in IN_TABLE:
         assert kernel_spec(family, SliceSpec(group=group), k, TokenClass.MANY, H100).k == SliceSpec(group=group).padded(
             k
@@ -318,7 +318,7 @@ def test_names_differ_where_specs_differ() -> None:
         "block_w": 256,
         "block_r": 64,
         "num_warps": 2,
-        "padded": True,
+        "columns": 2000,
         "num_stages": 5,
         "row_unit": 8,
         "overlap": not spec.overlap,

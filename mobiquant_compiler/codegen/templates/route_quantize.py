@@ -57,14 +57,15 @@ def route_token(
     counts_ptr,
     token,
     tokens,
-    columns,
     capacity,
     NUM_SLICES: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PADDED: tl.constexpr,
 ):
-    """Predict the error of one token and choose its slice count."""
+    """Predict the error of one token and choose its slice count.
+
+    Nothing here depends on groups: kernels that only route and those that quantize too score alike to the last bit.
+    """
     # What does not depend on the token's columns is asked for first, so that nothing waits for it after the sum.
     limits = ()
     for index in tl.static_range(NUM_SLICES - 1):
@@ -72,11 +73,9 @@ def route_token(
     # The mask speaks only for calls of as many tokens as it describes; others are counted whole.
     masked = (tl.load(mask_ptr) == tokens) & (tokens < capacity)
     errors = tl.zeros([BLOCK_R], tl.float32)
-    for start in tl.static_range(0, K_PADDED, BLOCK_R):
+    for start in tl.static_range(0, COLUMNS, BLOCK_R):
         offs_k = start + tl.arange(0, BLOCK_R)
-        inside = offs_k < K_PADDED
-        if PADDED:
-            inside = offs_k < columns
+        inside = offs_k < COLUMNS
         x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
         errors += x * x * tl.load(energy_ptr + offs_k, mask=inside, other=0.0)
     choose(
@@ -100,12 +99,11 @@ def quantize_columns(
     first_group,
     token,
     tokens,
-    columns,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    PADDED: tl.constexpr,
 ):
     """Write BLOCK_W columns of one token in fixed point."""
     GROUPS: tl.constexpr = K_PADDED // GROUP
@@ -114,8 +112,8 @@ def quantize_columns(
     in_g = offs_g < GROUPS
     offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = in_g[:, None]
-    if PADDED:
-        inside = offs_k < columns
+    if COLUMNS < K_PADDED:
+        inside = offs_k < COLUMNS
     xi, step = fixed_point(x=tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION=ACTIVATION)
     places = activations.activation_places(offs_g, token, blocks, GROUP)
     high = xi
@@ -138,7 +136,6 @@ def quantize_columns(
         "mask_ptr",
         "counts_ptr",
         "tokens",
-        "columns",
         "capacity",
     )
 )
@@ -154,29 +151,28 @@ def route_quantize(
     low_ptr,
     affine_ptr,
     tokens,
-    columns,
     capacity,
     NUM_SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROUTE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    PADDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
     The first program of a token routes, each other one quantizes BLOCK_W of its columns.
 
-    Shapes: x [T, columns]; energy [columns] and gain [E - 1] float32; thresholds float32 [E - 1]; hist int64 [E]; mask
+    Shapes: x [T, COLUMNS]; energy [COLUMNS] and gain [E - 1] float32; thresholds float32 [E - 1]; hist int64 [E]; mask
         int32 [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes
         and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers),
         written in the order of `activations.activation_places`. Grid: (T, programs of a token), the latter one with
         ROUTE and K_PADDED / BLOCK_W, rounded up, with QUANTIZE.
-        With PADDED, columns from `columns` on are written as zero; without, there are none.
+        Columns from COLUMNS on are written as zero.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`. Scores in float32; the order of
         their sum over columns differs from the reference's.
     Source: design section 5 and 7; `reference.energy_scores`, `reference.record`.
@@ -186,16 +182,14 @@ def route_quantize(
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
     tl.static_assert(BLOCK_W % GROUP == 0, "a program quantizes whole groups")
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
+    tl.static_assert(COLUMNS >= 1 and COLUMNS <= K_PADDED, "there are columns, no more than padded ones")
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
 
     token = tl.program_id(0)
     part = tl.program_id(1)
-    if PADDED:
-        x_ptr += token.to(tl.int64) * columns
-    else:
-        x_ptr += token.to(tl.int64) * K_PADDED
+    x_ptr += token.to(tl.int64) * COLUMNS
     if ROUTE:
         if part == 0:
             route_token(
@@ -208,12 +202,10 @@ def route_quantize(
                 counts_ptr=counts_ptr,
                 token=token,
                 tokens=tokens,
-                columns=columns,
                 capacity=capacity,
                 NUM_SLICES=NUM_SLICES,
-                K_PADDED=K_PADDED,
+                COLUMNS=COLUMNS,
                 BLOCK_R=BLOCK_R,
-                PADDED=PADDED,
             )
         part -= 1
     if QUANTIZE:  # noqa: SIM102  (known when the kernel is made, unlike the next)
@@ -226,10 +218,9 @@ def route_quantize(
                 first_group=part * (BLOCK_W // GROUP),
                 token=token,
                 tokens=tokens,
-                columns=columns,
                 GROUP=GROUP,
                 K_PADDED=K_PADDED,
+                COLUMNS=COLUMNS,
                 ACTIVATION=ACTIVATION,
                 BLOCK_W=BLOCK_W,
-                PADDED=PADDED,
             )
