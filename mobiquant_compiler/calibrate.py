@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mobiquant_compiler.errors import BadTokens, EmptyBatch
+from mobiquant_compiler.hooks import removing
 from mobiquant_compiler.linear import MobiLinear, Router
 from mobiquant_compiler.reference import SCORES
 from mobiquant_compiler.runtime.budget import QUANTILES, BudgetState, CalibratedTable
@@ -42,15 +43,6 @@ def check_tokens(tokens: Tensor, where: str = "calibration") -> Tensor:
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise EmptyBatch(where=where, got=tuple(tokens.shape))
     return tokens.clone().long() if tokens.is_inference() else tokens.long()
-
-
-@contextmanager
-def _hooks(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -116,7 +108,7 @@ def sensitivities(
     with (
         frozen(model),
         torch.enable_grad(),
-        _hooks([module.register_forward_hook(watch(name)) for name, module in linears.items()]),
+        removing([module.register_forward_hook(watch(name)) for name, module in linears.items()]),
     ):
         for step, window in enumerate(tokens):
             window = window.unsqueeze(0)
@@ -151,7 +143,7 @@ def shared_inputs(
 
         return hook
 
-    with torch.no_grad(), _hooks([m.register_forward_pre_hook(watch(n)) for n, m in linears.items()]):
+    with torch.no_grad(), removing([m.register_forward_pre_hook(watch(n)) for n, m in linears.items()]):
         run(model, tokens)
     placed = {name for group in groups for name in group}
     return groups + [[name] for name in linears if name not in placed]
@@ -214,7 +206,7 @@ def _score_quantiles(model: nn.Module, order: Sequence[MobiLinear], tokens: Tens
         return hook
 
     handles = [m.register_forward_pre_hook(watch(m.router, into)) for m, into in zip(order, scores, strict=True)]
-    with _hooks(handles):
+    with removing(handles):
         for window in tokens:
             loss(model, window.unsqueeze(0))
     points = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)

@@ -19,7 +19,7 @@ from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Family, KernelSpec
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.configs import Target, TokenClass
 
-FUSED_CC = 90  # of which `runtime.fused` says why
+FUSED_CC = 10 * fused.CAPABILITY[0] + fused.CAPABILITY[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ does not give what it gave inside the model), the whole model runs for each bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiquant_compiler.evaluation import logits_of
+from mobiquant_compiler.hooks import removing
 
 Run = Callable[[], None]  # runs the calibration windows through the block at hand
 
@@ -113,7 +113,7 @@ class _Walk:
 
         handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]
         handles += [b.register_forward_hook(after) for b in self.blocks]
-        with _removing(handles):
+        with removing(handles):
             logits_of(self.model, window.unsqueeze(0))
         self.others.append(others)
         return outputs
@@ -160,12 +160,3 @@ def _with_hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 
 def _hidden_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def _removing(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

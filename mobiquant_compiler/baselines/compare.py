@@ -18,6 +18,7 @@ from mobiquant_compiler.baselines.rtn import round_to_nearest
 from mobiquant_compiler.config import SliceConfig
 from mobiquant_compiler.errors import BadOption, NothingToQuantize
 from mobiquant_compiler.evaluation import perplexity
+from mobiquant_compiler.hooks import removing
 from mobiquant_compiler.linear import elastic_linears
 from mobiquant_compiler.quantize import select, weight_of
 
@@ -223,8 +224,5 @@ def _hessians(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
-    try:
+    with removing(handles):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mobiquant_compiler.calibrate import Loss
 from mobiquant_compiler.errors import NoBlocks
+from mobiquant_compiler.hooks import removing
 
 
 class _Reached(Exception):  # a signal, not an error
@@ -96,7 +97,7 @@ def _record_calls(
 
     handles: list[Any] = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(leave) for b in blocks]
-    with _removed(handles):
+    with removing(handles):
         loss(model, window)
     if len(calls) != len(blocks):
         raise NoBlocks(model=where, what=f"{len(calls)} calls of {len(blocks)} blocks in a forward pass")
@@ -110,18 +111,9 @@ def _first_input(model: nn.Module, block: nn.Module, window: Tensor, loss: Loss)
         found.append(args[0])
         raise _Reached
 
-    with _removed([block.register_forward_pre_hook(stop)]), suppress(_Reached):
+    with removing([block.register_forward_pre_hook(stop)]), suppress(_Reached):
         loss(model, window)
     return found[0]
-
-
-@contextmanager
-def _removed(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -131,5 +123,5 @@ def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: see(name, args[0].reshape(-1, args[0].shape[-1]))
 
-    with _removed([m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]):
+    with removing([m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]):
         yield

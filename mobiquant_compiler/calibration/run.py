@@ -32,6 +32,7 @@ from mobiquant_compiler.calibration.training import Training
 from mobiquant_compiler.calibration.tuning import Teacher, answers, tune_
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig
 from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.hooks import removing
 from mobiquant_compiler.linear import TokenMask, elastic_linears
 from mobiquant_compiler.quantize import (
     MakeRouter,
@@ -224,11 +225,8 @@ def _measure_gradients(run: _Run) -> dict[str, Tensor]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         kept.append(answers(getattr(output, "logits", output)))
 
-    handle = run.model.register_forward_hook(keep)
-    try:
+    with removing([run.model.register_forward_hook(keep)]):
         outputs = sensitivities(run.model, run.linears, run.tokens, run.loss, run.progress, by_token)
-    finally:
-        handle.remove()
     found = {f"output.{name}": value for name, value in outputs.items()}
     for group in run.inputs:
         seen = [torch.cat(by_token[name]) for name in group if name in by_token]

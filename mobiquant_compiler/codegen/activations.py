@@ -39,24 +39,24 @@ def activation_places(offs_g, token, blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_activation(ptr, at, lane, mask, GROUP: tl.constexpr, EMULATE: tl.constexpr):
-    """Load eight tokens' bytes of one group as `route_quantize` laid them out; returns GROUP / 16 int32 [THREADS]."""
-    WORDS: tl.constexpr = GROUP // 16
-    if WORDS == 8:
-        words = fragments.load_words(ptr + (at * 64 + lane) * 4, mask, 4, EMULATE)
-        words = words + fragments.load_words(ptr + (at * 64 + 32 + lane) * 4, mask, 4, EMULATE)
+def _load_part(ptr, mask, COUNT: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
+    if CHECKED:
+        words = fragments.load_words(ptr, mask, COUNT, EMULATE)
     else:
-        words = fragments.load_words(ptr + (at * 32 + lane) * WORDS, mask, WORDS, EMULATE)
+        words = fragments.read_words(ptr, COUNT, EMULATE)
     return words
 
 
 @triton.jit
-def read_activation(ptr, at, lane, GROUP: tl.constexpr, EMULATE: tl.constexpr):
-    """`load_activation` in every lane."""
+def load_activation(ptr, at, lane, mask, GROUP: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
+    """Load eight tokens' bytes of one group as `route_quantize` laid them out; returns GROUP / 16 int32 [THREADS].
+
+    Without CHECKED every lane loads, whatever the mask.
+    """
     WORDS: tl.constexpr = GROUP // 16
     if WORDS == 8:
-        words = fragments.read_words(ptr + (at * 64 + lane) * 4, 4, EMULATE)
-        words = words + fragments.read_words(ptr + (at * 64 + 32 + lane) * 4, 4, EMULATE)
+        words = _load_part(ptr + (at * 64 + lane) * 4, mask, 4, CHECKED, EMULATE)
+        words = words + _load_part(ptr + (at * 64 + 32 + lane) * 4, mask, 4, CHECKED, EMULATE)
     else:
-        words = fragments.read_words(ptr + (at * 32 + lane) * WORDS, WORDS, EMULATE)
+        words = _load_part(ptr + (at * 32 + lane) * WORDS, mask, WORDS, CHECKED, EMULATE)
     return words

@@ -13,21 +13,15 @@ import triton.language as tl
 
 
 @triton.jit
-def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
-    """Load COUNT (1, 2 or 4) consecutive words a thread that are read once, past the L1 cache.
-
-    Only for memory that no kernel writes that may still be running.
-
-    Shapes: ptr to int32 [THREADS], aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32
-        [THREADS].
-    """
+def _load_vector(ptr, COUNT: tl.constexpr, INSTRUCTION: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT (1, 2 or 4) consecutive words a thread by one instruction; of one word, by Triton's own load."""
     if EMULATE or COUNT == 1:
         words = ()
         for j in tl.static_range(COUNT):
-            words = words + (tl.load(ptr + j),)
+            words = words + (tl.load(ptr + j).to(tl.int32, bitcast=True),)
     elif COUNT == 4:
         words = tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            INSTRUCTION + ".v4.b32 {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,l",
             [ptr.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -36,7 +30,7 @@ def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
         )
     else:
         words = tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];",
+            INSTRUCTION + ".v2.b32 {$0, $1}, [$2];",
             "=r,=r,l",
             [ptr.to(tl.int64)],
             dtype=(tl.int32, tl.int32),
@@ -47,34 +41,24 @@ def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
+    """Load COUNT (1, 2 or 4) consecutive words a thread that are read once, past the L1 cache.
+
+    Only for memory that no kernel writes that may still be running.
+
+    Shapes: ptr to int32 [THREADS], aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32
+        [THREADS].
+    """
+    return _load_vector(ptr, COUNT, "ld.global.nc.L1::no_allocate", EMULATE)
+
+
+@triton.jit
 def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread that other warps read too: by way of the L1 cache.
 
     Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32 [THREADS].
     """
-    if EMULATE or COUNT == 1:
-        words = ()
-        for j in tl.static_range(COUNT):
-            words = words + (tl.load(ptr + j).to(tl.int32, bitcast=True),)
-    elif COUNT == 4:
-        words = tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [ptr.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        words = tl.inline_asm_elementwise(
-            "ld.global.v2.b32 {$0, $1}, [$2];",
-            "=r,=r,l",
-            [ptr.to(tl.int64)],
-            dtype=(tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    return words
+    return _load_vector(ptr, COUNT, "ld.global", EMULATE)
 
 
 @triton.jit

@@ -99,10 +99,10 @@ def load_block(acts, at, lane, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EM
 
     Nothing is masked: all blocks are whole in memory, and a token that does not exist has a column of its own.
     """
-    high = activations.read_activation(acts[0], at, lane, GROUP, EMULATE)
+    high = activations.load_activation(acts[0], at, lane, None, GROUP, False, EMULATE)
     low = high
     if ACTIVATION == "a16":
-        low = activations.read_activation(acts[1], at, lane, GROUP, EMULATE)
+        low = activations.load_activation(acts[1], at, lane, None, GROUP, False, EMULATE)
     return high, low
 
 
@@ -128,29 +128,36 @@ def load_token_pair(
     # Lanes 0 and 2 have the first half of a group's columns, quarters 0 and 1; lanes 1 and 3 the second.
     for half in tl.static_range(2):
         slot = fragments.quarter_of_lane((lane % 2) * 2 + half)
-        high = high + activations.load_activation(high_ptr, 2 * pair + column, slot, here, GROUP, EMULATE)
+        high = high + activations.load_activation(high_ptr, 2 * pair + column, slot, here, GROUP, True, EMULATE)
         if ACTIVATION == "a16":
-            low = low + activations.load_activation(low_ptr, 2 * pair + column, slot, here, GROUP, EMULATE)
+            low = low + activations.load_activation(low_ptr, 2 * pair + column, slot, here, GROUP, True, EMULATE)
     if ACTIVATION == "a8":
         low = high
     return high, low
 
 
 @triton.jit
+def add_products(
+    dots, upper_codes, lower_codes, tokens, FIRST: tl.constexpr, STEP: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Add products of 16 rows by 8 columns to dots, one after the other: every STEP-th of them from FIRST on."""
+    for m in tl.static_range(FIRST, len(tokens) // 2, STEP):
+        codes = (upper_codes[2 * m], lower_codes[2 * m], upper_codes[2 * m + 1], lower_codes[2 * m + 1])
+        dots = fragments.multiply_tile(
+            codes, tokens[2 * m], tokens[2 * m + 1], dots[0], dots[1], dots[2], dots[3], EMULATE
+        )
+    return dots
+
+
+@triton.jit
 def half_products(upper_codes, lower_codes, tokens, EMULATE: tl.constexpr):
     """Multiply codes by one half of the activations; even and odd steps are summed apart, so that each waits less."""
     zero = tl.zeros_like(tokens[0])
-    e0, e1, e2, e3 = zero, zero, zero, zero
-    o0, o1, o2, o3 = zero, zero, zero, zero
-    for m in tl.static_range(0, len(tokens) // 2, 2):
-        codes = (upper_codes[2 * m], lower_codes[2 * m], upper_codes[2 * m + 1], lower_codes[2 * m + 1])
-        e0, e1, e2, e3 = fragments.multiply_tile(codes, tokens[2 * m], tokens[2 * m + 1], e0, e1, e2, e3, EMULATE)
-    for m in tl.static_range(1, len(tokens) // 2, 2):
-        codes = (upper_codes[2 * m], lower_codes[2 * m], upper_codes[2 * m + 1], lower_codes[2 * m + 1])
-        o0, o1, o2, o3 = fragments.multiply_tile(codes, tokens[2 * m], tokens[2 * m + 1], o0, o1, o2, o3, EMULATE)
+    dots = add_products((zero, zero, zero, zero), upper_codes, lower_codes, tokens, 0, 2, EMULATE)
     if len(tokens) > 2:
-        e0, e1, e2, e3 = e0 + o0, e1 + o1, e2 + o2, e3 + o3
-    return e0, e1, e2, e3
+        odd = add_products((zero, zero, zero, zero), upper_codes, lower_codes, tokens, 1, 2, EMULATE)
+        dots = (dots[0] + odd[0], dots[1] + odd[1], dots[2] + odd[2], dots[3] + odd[3])
+    return dots
 
 
 @triton.jit
@@ -168,25 +175,14 @@ def products(upper_codes, lower_codes, high, low, ACTIVATION: tl.constexpr, EMUL
 
 
 @triton.jit
-def add_products(dots, upper_codes, lower_codes, tokens, EMULATE: tl.constexpr):
-    """Add products of 16 rows by 8 columns to dots, one after the other: no register but those four."""
-    for m in tl.static_range(len(tokens) // 2):
-        codes = (upper_codes[2 * m], lower_codes[2 * m], upper_codes[2 * m + 1], lower_codes[2 * m + 1])
-        dots = fragments.multiply_tile(
-            codes, tokens[2 * m], tokens[2 * m + 1], dots[0], dots[1], dots[2], dots[3], EMULATE
-        )
-    return dots
-
-
-@triton.jit
 def products_in_turn(upper_codes, lower_codes, high, low, ACTIVATION: tl.constexpr, EMULATE: tl.constexpr):
     """Do what `products` does in four registers, for warps that have other blocks to multiply while one waits."""
     zero = tl.zeros_like(high[0])
     dots = (zero, zero, zero, zero)
     if ACTIVATION == "a16":
-        dots = add_products(dots, upper_codes, lower_codes, high, EMULATE)
+        dots = add_products(dots, upper_codes, lower_codes, high, 0, 1, EMULATE)
         dots = (dots[0] << 8, dots[1] << 8, dots[2] << 8, dots[3] << 8)
-    return add_products(dots, upper_codes, lower_codes, low, EMULATE)
+    return add_products(dots, upper_codes, lower_codes, low, 0, 1, EMULATE)
 
 
 @triton.jit

@@ -50,57 +50,6 @@ def shrinks_of(counts_ptr, first_block, t, tokens, SPAN: tl.constexpr, WIDTHS: t
 
 
 @triton.jit
-def multiply_blocks(
-    acts,
-    weight,
-    tile,
-    first_block,
-    SPAN: tl.constexpr,
-    ROW_WARPS: tl.constexpr,
-    COUNT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
-    ALIKE: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUP: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EMULATE: tl.constexpr,
-):
-    """Multiply SPAN blocks of eight tokens by the program's rows and write the result; see `chains.warp_sums`.
-
-    Args: acts are the pointers (high, low, affine), weight those (slices, scale, zero, bias); tile is (pointer to
-        counts, pointer to the output, first row, thread numbers, the largest count, tokens, rows in all).
-    """
-    counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows = tile
-    NUM_WARPS: tl.constexpr = tid.shape[0] // 32
-    CHAINS: tl.constexpr = 8 * ROW_WARPS // NUM_WARPS
-    all_blocks = tl.cdiv(tokens, 8)
-    numbers = ()
-    for block in tl.static_range(SPAN):
-        # Blocks past the last are read as the last, and not written.
-        numbers = numbers + (tl.minimum(first_block + block, all_blocks - 1),)
-    shrinks = ()
-    if not ALIKE:
-        shrinks = shrinks_of(counts_ptr, first_block, tid % 4, tokens, SPAN, WIDTHS)
-    warp = tid // 32
-    row = program_row + warp % ROW_WARPS * 16 + tid % 32 // 4
-    operands = (acts, weight[:3], (tid, row, (numbers, all_blocks), shrinks, most, n_rows))
-    first_chain = warp // ROW_WARPS * CHAINS
-    sums = chains.warp_sums(
-        operands, first_chain, CHAINS, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
-    )
-    for block in tl.static_range(SPAN):
-        own = sums
-        if SPAN > 1:
-            own = sums[4 * block : 4 * block + 4]
-        place = (y_ptr, weight[3], program_row, first_block + block, tokens, n_rows)
-        store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS)
-
-
-@triton.jit
 def multiply_program(
     acts,
     weight,
@@ -119,25 +68,49 @@ def multiply_program(
     HAS_BIAS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Multiply all BLOCKS blocks of a program: tokens that are ALIKE together, others a few blocks at a time."""
+    """Multiply a program's BLOCKS blocks of eight tokens by its rows and write the result; see `chains.warp_sums`.
+
+    Tokens that are ALIKE are multiplied together, others a few blocks at a time.
+
+    Args: acts are the pointers (high, low, affine), weight those (slices, scale, zero, bias); tile is (pointer to
+        counts, pointer to the output, first row, thread numbers, the largest count, tokens, rows in all).
+    """
+    counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows = tile
     SPAN: tl.constexpr = chains.blocks_at_a_time(BLOCKS, ALIKE)
+    NUM_WARPS: tl.constexpr = tid.shape[0] // 32
+    CHAINS: tl.constexpr = 8 * ROW_WARPS // NUM_WARPS
+    all_blocks = tl.cdiv(tokens, 8)
+    warp = tid // 32
+    row = program_row + warp % ROW_WARPS * 16 + tid % 32 // 4
+    first_chain = warp // ROW_WARPS * CHAINS
     for start in tl.range(0, BLOCKS, SPAN):
-        multiply_blocks(
-            acts,
-            weight,
-            tile,
-            tl.program_id(0) * BLOCKS + start,
-            SPAN,
-            ROW_WARPS,
+        first_block = tl.program_id(0) * BLOCKS + start
+        numbers = ()
+        for block in tl.static_range(SPAN):
+            # Blocks past the last are read as the last, and not written.
+            numbers = numbers + (tl.minimum(first_block + block, all_blocks - 1),)
+        shrinks = ()
+        if not ALIKE:
+            shrinks = shrinks_of(counts_ptr, first_block, tid % 4, tokens, SPAN, WIDTHS)
+        operands = (acts, weight[:3], (tid, row, (numbers, all_blocks), shrinks, most, n_rows))
+        sums = chains.warp_sums(
+            operands,
+            first_chain,
+            CHAINS,
             COUNT,
             WHOLE,
             ONE,
             ALIKE,
             WIDTHS,
-            GROUP,
             LAYOUT,
+            GROUP,
             K_PADDED,
             ACTIVATION,
-            HAS_BIAS,
             EMULATE,
         )
+        for block in tl.static_range(SPAN):
+            own = sums
+            if SPAN > 1:
+                own = sums[4 * block : 4 * block + 4]
+            place = (y_ptr, weight[3], program_row, first_block + block, tokens, n_rows)
+            store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS)

@@ -17,11 +17,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, ceil_div
+from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, aligned, capability, ceil_div
 from mobiquant_compiler.spec import Family, Layout, SliceSpec
 
 DTYPES = (torch.bfloat16, torch.float16)
-_CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
+CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 _COLUMNS = 128  # of a step of the kernel
 
 
@@ -58,9 +58,9 @@ def supports(x: Tensor, spec: SliceSpec) -> str | None:
         return f"activations are {x.dtype}, not bfloat16 or float16"
     if not takes_slices(spec):
         return f"slices are {spec.widths} in {spec.layout}, not up to four of two bits in slice_major"
-    capability = _capability(x.device)
-    if capability != _CAPABILITY:
-        return f"the GPU is sm_{capability[0]}{capability[1]}, not sm_90"
+    found = capability(x.device)
+    if found != CAPABILITY:
+        return f"the GPU is sm_{found[0]}{found[1]}, not sm_90"
     return None
 
 
@@ -81,11 +81,6 @@ def row_units(n: int, parts: int) -> tuple[int, ...]:
 def row_unit(n: int) -> int:
     """Return the ``row_unit`` of the kernel for a weight of `n` rows."""
     return 1 if n % 8 else 8
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredTokens:
@@ -134,7 +129,7 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
-        slices_ptr=_aligned(weight.slices),
+        slices_ptr=aligned(weight.slices),
         scale_ptr=weight.scale.contiguous(),
         zero_ptr=weight.zero.contiguous(),
         bias_ptr=None if weight.bias is None else weight.bias.contiguous(),
@@ -143,12 +138,6 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         row_units=weight.rows // spec.row_unit,
     )
     return y
-
-
-def _aligned(words: Tensor) -> Tensor:
-    """Return packed words, aligned as pairs of them are loaded; nearly always they are."""
-    words = words.contiguous()
-    return words.clone() if words.data_ptr() % 16 else words
 
 
 def fused_linears(

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +100,12 @@ def takes(x: Tensor) -> bool:
     return False
 
 
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
 @cache
 def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why no kernel runs, None where kernels do."""
@@ -151,8 +157,8 @@ def prepare(
         with _current(x):
             kernel.launch(
                 (tokens, int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)),
-                x_ptr=_aligned(_rows(x)),
-                energy_ptr=_aligned(energy),
+                x_ptr=aligned(_rows(x)),
+                energy_ptr=aligned(energy),
                 gain_ptr=_packed(gain),
                 thresholds_ptr=_packed(thresholds),
                 hist_ptr=hist,
@@ -188,9 +194,9 @@ def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Wei
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         mark = str(number or "")
         arguments |= {
-            f"slices{mark}_ptr": _aligned(weight.slices),
-            f"scale{mark}_ptr": _aligned(weight.scale),
-            f"zero{mark}_ptr": _aligned(weight.zero),
+            f"slices{mark}_ptr": aligned(weight.slices),
+            f"scale{mark}_ptr": aligned(weight.scale),
+            f"zero{mark}_ptr": aligned(weight.zero),
             f"bias{mark}_ptr": _packed(weight.bias),
             f"y{mark}_ptr": y,
             f"n{mark}_rows": weight.rows,
@@ -218,7 +224,7 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _aligned(tensor: Tensor | None) -> Tensor | None:
+def aligned(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor packed and aligned to 16 bytes, as vector loads want it; nearly always it is."""
     if tensor is None:
         return None

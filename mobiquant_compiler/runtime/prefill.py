@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, ceil_div
+from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, capability, ceil_div
 from mobiquant_compiler.spec import MAX_BITS, Family
 
 # Layers use the same memory in turn, but it stays reserved, again for each pool of captured graphs. With 16 bits and
@@ -58,17 +57,12 @@ def supports(x: Tensor, n: int, k: int) -> str | None:
         return f"torch._grouped_mm waits for the device unless activations are bfloat16; they are {x.dtype}"
     if not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no _grouped_mm"
-    major, minor = _capability(x.device)
+    major, minor = capability(x.device)
     if major not in _GROUPED_MAJORS:
         return f"torch._grouped_mm waits for the device on sm_{major}{minor}"
     if MAX_BITS * min(n, CHUNK_ROWS) * k * x.element_size() > WORKSPACE_BYTES:
         return f"{CHUNK_ROWS} rows of {k} columns, for up to {MAX_BITS} slice counts, are more than the workspace holds"
     return None
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def chunk_rows(n: int, row_bytes: int) -> int:

@@ -263,7 +263,7 @@ def test_chunks_are_whole_tiles_of_equal_size(n: int, row_bytes: int, rows: int)
 def test_what_the_workspace_way_supports(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], k: int, reason: str | None
 ) -> None:
-    monkeypatch.setattr(prefill, "_capability", lambda device: capability)
+    monkeypatch.setattr(prefill, "capability", lambda device: capability)
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", element_size=lambda: 2)
     found = prefill.supports(x, 28672, k)
     assert found is reason is None or (found and reason and reason in found)
@@ -271,7 +271,7 @@ def test_what_the_workspace_way_supports(
 
 def test_a_cpu_has_no_grouped_gemm_and_old_torch_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "activations are on cpu" in (prefill.supports(torch.ones(2, 3), 4, 3) or "")
-    monkeypatch.setattr(prefill, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(prefill, "capability", lambda device: (9, 0))
     monkeypatch.delattr(torch, "_grouped_mm")
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0", element_size=lambda: 2)
     assert "has no _grouped_mm" in (prefill.supports(x, 4, 64) or "")

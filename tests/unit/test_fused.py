@@ -41,10 +41,10 @@ def capability(monkeypatch: pytest.MonkeyPatch):
     table = Crossover("test", (Row(4096, 4096, tokens=500, fused=100, routed=1000, full=200),))
     monkeypatch.setattr(wiring, "_crossover", lambda device: table)
     monkeypatch.setattr(workspace, "supports", lambda x, n, k: None if x.dtype is torch.bfloat16 else "no")
-    for cached in (launch.refusal, fused._capability):
+    for cached in (launch.refusal, launch.capability):
         cached.cache_clear()
     yield found
-    for cached in (launch.refusal, fused._capability):
+    for cached in (launch.refusal, launch.capability):
         cached.cache_clear()
 
 
