@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "gemlite")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "gemlite", "hqq")
 MODEL = re.compile(r"\b[A-Z]{1,2}\d{2,4}[A-Z]?\b")  # of an accelerator, in its name: H100 in "NVIDIA H100 80GB HBM3"
 
 
@@ -99,5 +99,7 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], device: str, **notes: A
     """Write a result file: environment, notes, rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**environment(device), **notes, "rows": list(rows)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole = path.with_name(f".{path.name}.partial")  # whoever reads it meanwhile sees the old file or the new one
+    whole.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
     print(f"wrote {path} ({len(rows)} rows)")

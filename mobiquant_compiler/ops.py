@@ -32,7 +32,10 @@ SCHEMAS = {
     "routed_linear": f"(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor",
     "elastic_linear": f"(Tensor x, {_ROUTER}, {_WEIGHT}) -> Tensor",
     "routed_linears": f"(Tensor x, Tensor counts, {_WEIGHTS}) -> Tensor[]",
-    # An op that writes to an argument may not return a list (torch cannot functionalize it): one overload a number.
+    # For calls by hand, of any number of linears. torch cannot functionalize an op that writes to an argument and
+    # returns a list, so graphs have the overloads below, one a number; called by hand without this one, torch would
+    # take the first of them, and crash where that has another number of results.
+    "elastic_linears": f"(Tensor x, {_ROUTER}, {_WEIGHTS}) -> Tensor[]",
     **{
         f"elastic_linears.n{n}": f"(Tensor x, {_ROUTER}, {_WEIGHTS}) -> ({', '.join(n * ['Tensor'])})"
         for n in _SIBLINGS
