@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", default=["wikitext2"], choices=TEXTS)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--fine-budgets", nargs="+", type=float, default=(), help="more, for trained-input alone")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--calibration-windows", type=int, help="8, or 64 with --calibrate")
     parser.add_argument("--group", default="64")
@@ -207,7 +208,8 @@ def calibrated_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], 
             costs = costs_of(args.state, model) if method == "static" else None
             yield from static_rows(runner, windows, args.model, NAMES[method], args.budgets, costs)
         else:
-            yield from routed_rows(runner, windows, args.model, NAMES[method], args.budgets)
+            fine = args.fine_budgets if method == "trained-input" else ()
+            yield from routed_rows(runner, windows, args.model, NAMES[method], (*args.budgets, *fine))
 
 
 def data_free_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], notes: dict[str, Any]) -> Iterator[Any]:

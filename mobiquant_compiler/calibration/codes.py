@@ -57,28 +57,61 @@ def factorize(hessian: Tensor, damping: float, where: str) -> Factor:
     return Factor(order, upper.float())
 
 
-def closest_codes(targets: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec, weights: Sequence[float]) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """All codes of all slices but the last, which `closest_codes` tries.
+
+    Attributes:
+        codes: ``Q_k`` of each slice count but the last, float32 whole numbers [E - 1, P].
+        first: Least ``Q_E`` of each prefix, [P].
+        last: Greatest one, [P].
+        shares: What a squared distance in steps of a count is worth, float32 [E - 1, 1, 1].
+        last_share: The same with all slices.
+    """
+
+    codes: Tensor
+    first: Tensor
+    last: Tensor
+    shares: Tensor
+    last_share: float
+
+    @classmethod
+    def of(cls, spec: SliceSpec, weights: Sequence[float], device: torch.device) -> Prefixes:
+        """Return the prefixes of a spec; `weights` [E] is what a squared error counts at each slice count."""
+        count = spec.num_slices
+        bits = [spec.bits(k) for k in range(1, count)]
+        every = torch.arange(1 << bits[-1] if bits else 1, dtype=torch.float32, device=device)
+        codes = [torch.floor(every / (1 << (bits[-1] - b))) for b in bits]
+        shares = [w / 4.0 ** residual_bits(spec, k) for k, w in enumerate(weights, 1)]
+        finest = 1 << spec.widths[-1]
+        return cls(
+            torch.stack(codes) if codes else every.new_empty(0, 1),
+            every * finest,
+            every * finest + (finest - 1),
+            torch.tensor(shares[:-1], device=device).view(-1, 1, 1),
+            shares[-1],
+        )
+
+
+def closest_codes(positions: Tensor, prefixes: Prefixes) -> Tensor:
     """Return the code per weight whose slice counts together come closest to their targets.
 
     Minimises ``sum_k weights[k] (t_k - W_k)^2``: all codes of all slices but the last are tried, and the last slice's
     best code follows by rounding.
 
-    Shapes: targets [E, N]; scale, zero [N] float32, positive scale; returns ``Q_E`` [N] as float32 whole numbers.
+    Args:
+        positions: Targets in steps of their slice count, ``t_k / s_k + Z_k``, float32 [E, N].
+        prefixes: What is tried.
+
+    Returns:
+        ``Q_E`` [N], float32 whole numbers.
     """
-    count = spec.num_slices
-    tried = 1 << spec.bits(count - 1) if count > 1 else 1
-    prefix = torch.arange(tried, dtype=torch.float32, device=targets.device)
-    cost = torch.zeros(targets.shape[1], tried, device=targets.device)
-    for k in range(1, count + 1):
-        step, centre = affine_at(scale, zero, spec, k)
-        position = (targets[k - 1] / step + centre).unsqueeze(1)
-        if k < count:
-            code = torch.floor(prefix / (1 << (spec.bits(count - 1) - spec.bits(k))))
-        else:
-            last = 1 << spec.widths[-1]
-            code = torch.minimum(torch.maximum(position.round(), prefix * last), prefix * last + (last - 1))
-        share = weights[k - 1] / 4.0 ** residual_bits(spec, k)  # distances are in steps of this count
-        cost.addcmul_(position - code, position - code, value=share)
+    away = positions[:-1].unsqueeze(-1) - prefixes.codes.unsqueeze(1)
+    cost = away.square_().mul_(prefixes.shares).sum(0)
+    finest = positions[-1].unsqueeze(1)
+    code = finest.round().clamp(prefixes.first, prefixes.last)
+    rest = finest - code
+    cost = torch.addcmul(cost, rest, rest, value=prefixes.last_share)
     return code.gather(1, cost.argmin(1, keepdim=True)).squeeze(1)
 
 
@@ -111,22 +144,29 @@ def compensated_codes(
     """
     n, k = weight.shape
     targets = weight.t()[factor.order].contiguous().expand(spec.num_slices, k, n).contiguous()
-    # A group of zeros has scale 0: any step will do where every value is 0.
     scale, zero = scale.float().t().contiguous(), zero.float().t().contiguous()
-    safe = torch.where(scale > 0, scale, 1.0)
+    counts = range(1, spec.num_slices + 1)
+    affine = [affine_at(scale, zero, spec, count) for count in counts]
+    steps, centres = (torch.stack(list(parts)) for parts in zip(*affine, strict=True))  # [E, groups, N]
+    # A group of zeros has scale 0: any step will do where every value is 0.
+    divisors = torch.where(steps > 0, steps, 1.0)
+    left = torch.tensor([[2.0 ** (spec.total_bits - spec.bits(count))] for count in counts], device=weight.device)
+    prefixes = Prefixes.of(spec, weights, weight.device)
     group = (factor.order // spec.group).tolist()
     codes = torch.empty(k, n, device=weight.device)
+    # Few, large operations a column: on a GPU their number is what this costs.
     for start in range(0, k, _COLUMNS):
         stop = min(start + _COLUMNS, k)
         block = targets[:, start:stop].clone()
         errors = torch.empty_like(block)
         upper = factor.upper[start:stop, start:stop]
         for i in range(stop - start):
-            step, centre = safe[group[start + i]], zero[group[start + i]]
-            code = closest_codes(block[:, i], step, centre, spec, weights)
+            at = group[start + i]
+            target, centre = block[:, i], centres[:, at]
+            code = closest_codes(torch.addcdiv(centre, target, divisors[:, at]), prefixes)
             codes[start + i] = code
-            values = values_at(code, scale[group[start + i]], centre, spec)
-            errors[:, i] = (block[:, i] - values) / upper[i, i]
-            block[:, i + 1 :] -= upper[i, i + 1 :].view(1, -1, 1) * errors[:, i : i + 1]
+            values = (code / left).floor_().sub_(centre).mul_(steps[:, at])
+            torch.div(target - values, upper[i, i], out=errors[:, i])
+            block[:, i + 1 :].addcmul_(upper[i, i + 1 :].view(1, -1, 1), errors[:, i : i + 1], value=-1)
         targets[:, stop:] -= factor.upper[start:stop, stop:].t() @ errors
     return codes[factor.order.argsort()].t().contiguous().to(torch.uint8)

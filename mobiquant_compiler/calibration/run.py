@@ -238,7 +238,7 @@ def _measure_gradients(run: _Run) -> dict[str, Tensor]:
 
 
 def _calibrate_blocks(run: _Run, gradients: _Gradients) -> dict[str, Tensor]:
-    """Choose the codes of each block's linears in turn, and replace them; returns what `_linear_codes` expects."""
+    """Choose the codes of each block's linears in turn, and replace them; returns what `_expected` says."""
     steps = [f"block-{index:04d}" for index in range(len(run.blocks))]
     last = max((i for i, step in enumerate(steps) if not run.state.has(step)), default=-1)  # to be done
     chain = Chain(run.model, run.blocks, run.tokens, run.loss) if last >= 0 else None
@@ -277,17 +277,14 @@ def _propagating(run: _Run, names: Sequence[str]) -> Iterator[None]:
 def _block_codes(
     run: _Run, chain: Chain, index: int, inside: Sequence[str], gradients: _Gradients
 ) -> dict[str, Tensor]:
-    """Return what `_linear_codes` returns of every linear of one block, by ``name.key``."""
+    """Return what `_group_codes` returns, of every linear of one block."""
     leaders = {group[0]: group for group in run.inputs if group[0] in inside}
     hessians = _hessians(run, chain, index, list(leaders), gradients.tokens)
     found: dict[str, Tensor] = {}
     for leader, group in leaders.items():
         hessian = hessians.pop(leader)
         factor = factorize(hessian, run.config.damping, leader)
-        for name in group:
-            weight = weight_of(run.linears[name]).detach().float()
-            codes = _linear_codes(weight, hessian, factor, gradients.outputs[name], run)
-            found |= {f"{name}.{key}": value for key, value in codes.items()}
+        found |= _group_codes(group, hessian, factor, gradients.outputs, run)
     return found
 
 
@@ -313,18 +310,40 @@ def _hessians(
     return {name: total / max(1, seen[name]) for name, total in sums.items()}
 
 
-def _linear_codes(weight: Tensor, hessian: Tensor, factor: Factor, outputs: Tensor, run: _Run) -> dict[str, Tensor]:
-    """Choose the slices of one weight.
+def _group_codes(
+    group: Sequence[str], hessian: Tensor, factor: Factor, outputs: Mapping[str, Tensor], run: _Run
+) -> dict[str, Tensor]:
+    """Choose the slices of all weights that read the same tensor in one walk through its columns: no row needs another.
 
     Returns:
-        codes uint8 [N, K], scale and zero [N, groups]; losses float64 [E], the expected growth of the loss with each
-        slice count; energy float64 [K], the part of each column in it per squared activation, with the base alone.
+        What `_expected` says and codes uint8 [N, K], scale and zero [N, groups], by ``name.key``.
     """
-    spec = run.slices.spec_for(weight.shape[1])
+    weights = {name: weight_of(run.linears[name]).detach() for name in group}
+    spec = run.slices.spec_for(hessian.shape[0])
     counted = run.config.weights([spec.bits(k) for k in range(1, spec.num_slices + 1)])
-    dtype = storage_dtype(weight, SCALE_DTYPES[run.slices.scale_dtype])
-    scale, zero = weighted_grid(weight, hessian.diagonal(), spec, counted, run.config.narrowest, dtype)
-    codes = compensated_codes(weight, factor, scale, zero, spec, counted)
+    grids = []
+    for weight in weights.values():
+        dtype = storage_dtype(weight, SCALE_DTYPES[run.slices.scale_dtype])
+        grids.append(weighted_grid(weight.float(), hessian.diagonal(), spec, counted, run.config.narrowest, dtype))
+    scale, zero = (torch.cat([t.float() for t in parts]) for parts in zip(*grids, strict=True))
+    whole = torch.cat([weight.float() for weight in weights.values()])
+    codes = compensated_codes(whole, factor, scale, zero, spec, counted).split([len(w) for w in weights.values()])
+    found: dict[str, Tensor] = {}
+    for (name, weight), grid, code in zip(weights.items(), grids, codes, strict=True):
+        expected = _expected(weight.float(), code, *grid, spec, hessian, outputs[name])
+        found |= {f"{name}.{key}": value for key, value in expected.items()}
+    return found
+
+
+def _expected(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec, hessian: Tensor, outputs: Tensor
+) -> dict[str, Tensor]:
+    """Return codes, scale and zero of one weight with what is expected of them.
+
+    Returns:
+        losses float64 [E], the growth of the loss with each slice count; energy float64 [K], the part of each column
+        in it per squared activation, with the base alone.
+    """
     wide = [t.float().repeat_interleave(spec.group, 1)[:, : weight.shape[1]] for t in (scale, zero)]
     errors = values_at(codes.float(), wide[0], wide[1], spec) - weight
     outputs = outputs.double()
@@ -332,7 +351,7 @@ def _linear_codes(weight: Tensor, hessian: Tensor, factor: Factor, outputs: Tens
     energy = (errors[0].double().square() * outputs.unsqueeze(1)).sum(0)
     # Errors of columns are correlated, on purpose: the columns' parts are scaled to what they come to together.
     energy = energy * losses[0] / (energy @ hessian.diagonal().double()).clamp_min(torch.finfo(torch.float64).tiny)
-    return {"codes": codes, "scale": scale, "zero": zero, "losses": losses, "energy": energy}
+    return {"codes": codes.contiguous(), "scale": scale, "zero": zero, "losses": losses, "energy": energy}
 
 
 def _replace(run: _Run, name: str, found: Mapping[str, Tensor], mask: TokenMask) -> None:

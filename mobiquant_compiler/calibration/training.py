@@ -133,11 +133,13 @@ def _fit(
     hidden = torch.randn(width, columns, generator=draw).to(normal.device) / math.sqrt(columns)
     zeros = (torch.zeros(size, device=normal.device) for size in ((width,), (scores, width)))
     network = [t.clone().requires_grad_() for t in (hidden, *zeros, constant)]
-    optimizer = torch.optim.AdamW(network, lr=_RATE, weight_decay=0.01)
+    # One launch a step on a GPU, whose time here is the number of launches.
+    optimizer = torch.optim.AdamW(network, lr=_RATE, weight_decay=0.01, fused=normal.is_cuda)
+    drawn = torch.randint(0, len(normal), (config.router_steps, _BATCH), generator=draw).to(normal.device)
     for step in range(config.router_steps):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (0.5 + 0.5 * math.cos(math.pi * step / config.router_steps))
-        rows = torch.randint(0, len(normal), (_BATCH,), generator=draw).to(normal.device)
+        rows = drawn[step]
         with torch.enable_grad():
             loss = _gamma(_apply(normal[rows], network), factors[rows])
             optimizer.zero_grad()

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mobiquant_compiler.calibration.codes import closest_codes, compensated_codes, factorize, values_at
+from mobiquant_compiler.calibration.codes import Prefixes, closest_codes, compensated_codes, factorize, values_at
 from mobiquant_compiler.calibration.grids import clipped, nearest_codes, sliced, stretches, weighted_grid
 from mobiquant_compiler.errors import NonFiniteActivations
-from mobiquant_compiler.slices import reconstruct
+from mobiquant_compiler.slices import affine_at, reconstruct
 from mobiquant_compiler.spec import SliceSpec
 
 EVEN = SliceSpec((2, 2, 2, 2), 32)
@@ -33,6 +33,12 @@ def loss_of(values: Tensor, weight: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian) * error).sum())
 
 
+def positions(targets: Tensor, scale: Tensor, zero: Tensor, spec: SliceSpec) -> Tensor:
+    """Return targets [E, N] in steps of their slice count."""
+    affine = (affine_at(scale, zero, spec, k) for k in range(1, spec.num_slices + 1))
+    return torch.stack([t / step + centre for t, (step, centre) in zip(targets, affine, strict=True)])
+
+
 def wide(tensor: Tensor, spec: SliceSpec, k: int) -> Tensor:
     return tensor.float().repeat_interleave(spec.group, 1)[:, :k]
 
@@ -45,7 +51,7 @@ def test_the_code_of_a_column_is_the_best_of_all_codes(spec, seed, growth):
     targets = torch.randn(count, rows, generator=generator)
     scale, zero = torch.rand(rows, generator=generator) + 0.1, 3 * torch.rand(rows, generator=generator)
     weights = [growth**k for k in range(count)]
-    got = closest_codes(targets, scale, zero, spec, weights)
+    got = closest_codes(positions(targets, scale, zero, spec), Prefixes.of(spec, weights, targets.device))
     every = torch.arange(1 << spec.total_bits, dtype=torch.float32).expand(rows, -1)
     values = values_at(every, scale.unsqueeze(1), zero.unsqueeze(1), spec).double()
     cost = sum(w * (t.unsqueeze(1) - v).square() for w, t, v in zip(weights, targets, values, strict=True))
@@ -120,8 +126,9 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     weight = torch.randn(8, 64)
     scale, zero = weighted_grid(weight, torch.ones(64), EVEN, [1.0] * 4, 1.0, torch.float32)
     codes = compensated_codes(weight, factorize(torch.eye(64), 0.01, "w"), scale, zero, EVEN, [1.0] * 4)
+    prefixes = Prefixes.of(EVEN, [1.0] * 4, weight.device)
     alone = [
-        closest_codes(weight[:, i].expand(4, -1), scale[:, i // 32], zero[:, i // 32], EVEN, [1.0] * 4)
+        closest_codes(positions(weight[:, i].expand(4, -1), scale[:, i // 32], zero[:, i // 32], EVEN), prefixes)
         for i in range(64)
     ]
     assert torch.equal(codes.float(), torch.stack(alone, 1))
