@@ -1,9 +1,10 @@
-"""Scales and zero points tuned through the whole model, with the codes held fixed.
+"""Scales and zero points tuned through the whole model, with the codes of the first slices held fixed.
 
 Codes chosen column by column know only their own linear. What is left is for the two numbers of each group: a few
 gradient steps bring the outputs of the elastic model back to those of the original one, while each step draws another
 budget and gives each group of linears the slice count that suits it. So one pair of numbers is tuned for every count.
-Nothing but the values of scale and zero point changes (EfficientQAT, arXiv 2407.11062, tunes one width so).
+While it is tuned nothing but the values of scale and zero point changes (EfficientQAT, arXiv 2407.11062, tunes one
+width so). At the end the slices beyond `HELD_BITS` are chosen again on the moved grid.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from torch.nn.functional import pad
 from mobiquant_compiler.calibration.allocation import Costs, allocate
 from mobiquant_compiler.calibration.blocks import without_cache
 from mobiquant_compiler.calibration.config import CalibrationConfig
+from mobiquant_compiler.calibration.grids import nearest_codes
 from mobiquant_compiler.calibration.state import CalibrationState
 from mobiquant_compiler.linear import MobiLinear
-from mobiquant_compiler.packing import unpack
+from mobiquant_compiler.packing import pack, unpack
 from mobiquant_compiler.quantize import set_submodule
 from mobiquant_compiler.slices import affine_at
 
 STEP = "tuning"
 TOP = 64  # most likely next tokens that are kept of the original model's answer
+HELD_BITS = 4  # slices up to so many bits keep their codes: tuning is of what they multiply to
 _SAVED = 10  # steps between two saved states
 _WARMUP = 5
 _LEAST_BITS = 0.05  # share of the budget range that is left out at its lower end: there every count is the least
@@ -114,10 +117,34 @@ class _Tunable(nn.Module):
         return (y if bias is None else y + bias).to(x.dtype)
 
     def store(self) -> None:
-        """Write scale and zero point back, in the dtype they are stored in."""
+        """Write scale and zero point back, in the dtype they are stored in, and what later slices make of them."""
         with torch.no_grad():
+            before = self._values(self.scale, self.source.zero.float())
             self.source.scale.copy_(self.scale * self.log_scale.exp())
             self.source.zero.copy_(self.zero)
+            self.source.slices.copy_(pack(self._codes_near(before), self.spec))
+
+    def _values(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return ``W_E`` in groups, float32 [N, groups, G]."""
+        codes = self.codes.view(*scale.shape, self.spec.group).float()
+        step, centre = affine_at(scale, zero, self.spec, self.spec.num_slices)
+        return (codes - centre.unsqueeze(-1)) * step.unsqueeze(-1)
+
+    def _codes_near(self, wanted: Tensor) -> Tensor:
+        """Return the codes uint8 [N, K_padded] that come nearest to weights with all slices; the held ones stay.
+
+        Tuning moves a grid by more than the last slices are fine. What they said of the weight, they say again of the
+        moved grid: so many bits stay as near to the original model as they were, on any text.
+        """
+        bits = [self.spec.bits(count) for count in range(1, self.spec.num_slices + 1)]
+        held = max([b for b in bits if b <= HELD_BITS], default=bits[0])
+        part = 1 << (self.spec.total_bits - held)
+        codes = self.codes.view(wanted.shape).float()
+        first = (codes / part).floor() * part
+        scale, zero = (t.float().unsqueeze(-1) for t in (self.source.scale, self.source.zero))
+        nearest = nearest_codes(wanted, scale, zero, self.spec)
+        nearest = torch.minimum(torch.maximum(nearest, first), first + (part - 1))
+        return torch.where(scale > 0, nearest, codes).to(torch.uint8).view(self.codes.shape)
 
 
 @contextmanager

@@ -111,14 +111,54 @@ def test_gradients_are_those_of_the_arithmetic(count):
         assert float((a - b).norm() / b.norm()) < 0.02
 
 
-def test_only_scales_and_zero_points_change():
+def weight_of(linear: MobiLinear) -> torch.Tensor:
+    """Return ``W_E`` without padding."""
+    spec = linear.spec
+    codes = unpack(linear.slices, spec, spec.num_slices)
+    return reconstruct(codes, linear.scale, linear.zero, spec, spec.num_slices)[:, : linear.in_features]
+
+
+@pytest.mark.parametrize(
+    ("widths", "held"), [((2, 2, 2, 2), 2), ((4, 2, 2), 1), ((1,) * 8, 4), ((2, 4, 2), 1), ((4,), 1), ((2,), 1)]
+)
+def test_the_last_slices_take_back_what_the_grid_moved(widths, held):
+    torch.manual_seed(0)
+    spec = SliceSpec(widths, 32)
+    source = MobiLinear.from_weight(torch.randn(6, 48), None, spec)
+    stand_in = _Tunable(source)
+    original = weight_of(source)
+    first = unpack(source.slices, spec, held)
+    with torch.no_grad():
+        stand_in.log_scale.add_(0.02 * torch.randn(stand_in.log_scale.shape))
+        stand_in.zero.add_(0.05 * torch.randn(stand_in.zero.shape))
+    scale = stand_in.scale * stand_in.log_scale.exp()
+    kept = reconstruct(stand_in.codes, scale, stand_in.zero, spec, spec.num_slices)[:, :48]
+    stand_in.store()
+    assert torch.equal(unpack(source.slices, spec, held), first)
+    torch.testing.assert_close(source.scale.float(), scale.detach(), rtol=1e-3, atol=0)
+    taken, moved = (float((w - original).norm()) for w in (weight_of(source), kept))
+    assert taken < 0.7 * moved if spec.total_bits > spec.bits(held) else taken == pytest.approx(moved, rel=0.01)
+
+
+def test_a_group_of_zeros_keeps_its_codes():
+    weight = torch.randn(3, 64)
+    weight[1, 32:] = 0
+    source = MobiLinear.from_weight(weight, None, SliceSpec((2, 2, 2, 2), 32))
+    before = source.slices.clone()
+    _Tunable(source).store()
+    assert torch.equal(weight_of(source)[1, 32:], torch.zeros(32))
+    assert torch.equal(source.slices, before), "nothing was tuned"
+
+
+def test_first_slices_stay_and_scales_and_zero_points_change():
     made, ids = [tiny_lm() for _ in range(2)], tokens(4, 32)
     for model, steps in zip(made, (0, 12), strict=True):
         mq.calibrate_(model, ids, mq.CalibrationConfig(tune_steps=steps))
     before, after = (elastic_linears(model) for model in made)
     for name, old in before.items():
         assert isinstance(after[name], MobiLinear)
-        assert torch.equal(old.slices, after[name].slices)
+        first = (unpack(m.slices, m.spec, 2) for m in (old, after[name]))
+        assert torch.equal(*first)
         assert after[name].scale.dtype is torch.float16
         changed = (old.scale != after[name].scale).float().mean()
         assert changed > 0.5, name
