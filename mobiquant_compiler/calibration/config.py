@@ -11,6 +11,8 @@ from mobiquant_compiler.config import check_keys, is_number
 from mobiquant_compiler.errors import BadOption
 from mobiquant_compiler.reference import SCORES
 
+ZERO_RATE = 3  # steps of a zero point over those of a scale
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationConfig:
@@ -25,7 +27,9 @@ class CalibrationConfig:
         damping: Share of the mean that is added to the diagonal of each Hessian.
         propagate: Slices with which the finished blocks feed the next; None is all.
         tune_steps: Gradient steps on scales and zero points through the whole model, after the codes; 0 is none.
-        tune_rate: Largest relative step of a scale; zero points move three times as far, in base steps.
+        tune_rate: Largest relative step of a scale; zero points move `ZERO_RATE` times as far, in base steps.
+        tune_decay: Share of the way back to where they started that scales and zero points go at each step, over the
+            step's rate: what moves them without pause ends at most 1 / tune_decay away, noise ends much nearer.
         tune_windows: Windows a step.
         router: "energy" (data-free prediction with measured gains) or "mlp" (a trained network on top of it).
         router_width: Hidden units of a trained router.
@@ -41,6 +45,7 @@ class CalibrationConfig:
     propagate: int | None = None
     tune_steps: int = 160
     tune_rate: float = 3e-3
+    tune_decay: float = 30.0
     tune_windows: int = 2
     router: str = "energy"
     router_width: int = 12
@@ -57,6 +62,7 @@ class CalibrationConfig:
             ("propagate", self.propagate is None or _is_count(self.propagate, 1), "None or a slice count from 1"),
             ("tune_steps", _is_count(self.tune_steps, 0), "a whole number from 0"),
             ("tune_rate", _is_positive(self.tune_rate), "a finite number above 0"),
+            ("tune_decay", self._decays(), f"from 0 to {self._most_decay():g}, 1 / ({ZERO_RATE} tune_rate)"),
             ("tune_windows", _is_count(self.tune_windows, 1), "a whole number from 1"),
             ("router", self.router in SCORES, f"one of {tuple(SCORES)}"),
             ("router_width", _is_count(self.router_width, 1), "a whole number from 1"),
@@ -67,6 +73,12 @@ class CalibrationConfig:
         for name, fine, wanted in checks:
             if not fine:
                 raise BadOption(where="CalibrationConfig", name=name, got=getattr(self, name), wanted=wanted)
+
+    def _most_decay(self) -> float:
+        return 1 / (ZERO_RATE * self.tune_rate) if _is_positive(self.tune_rate) else math.inf
+
+    def _decays(self) -> bool:
+        return is_number(self.tune_decay) and 0 <= self.tune_decay <= self._most_decay()
 
     def weights(self, bits: list[int]) -> list[float]:
         """Return what a squared error counts at each slice count, given the bits of each."""

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from mobiquant_compiler.calibration.allocation import Costs, allocate
 from mobiquant_compiler.calibration.blocks import without_cache
-from mobiquant_compiler.calibration.config import CalibrationConfig
+from mobiquant_compiler.calibration.config import ZERO_RATE, CalibrationConfig
 from mobiquant_compiler.calibration.grids import nearest_codes
 from mobiquant_compiler.calibration.state import CalibrationState
 from mobiquant_compiler.linear import MobiLinear
@@ -185,7 +185,7 @@ def tune_(
     """
     names = [name for group in costs.groups for name in group]
     with _tunable(model, names) as stand_ins:
-        optimizer = _Adam([p for m in stand_ins.values() for p in (m.log_scale, m.zero)])
+        optimizer = _Adam([p for m in stand_ins.values() for p in (m.log_scale, m.zero)], config.tune_decay)
         done = _resume(stand_ins, optimizer, state.load(STEP))
         for step in range(done, config.tune_steps):
             draw = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -193,7 +193,7 @@ def tune_(
             chosen = torch.randint(0, len(tokens), (config.tune_windows,), generator=draw)
             _gradients(model, tokens[chosen.to(tokens.device)], chosen, teacher, tokens.device.type)
             rate = _schedule(step, config.tune_steps) * config.tune_rate
-            optimizer.step([rate, 3 * rate] * len(names))
+            optimizer.step([rate, ZERO_RATE * rate] * len(names))
             if (step + 1) % _SAVED == 0 or step + 1 == config.tune_steps:
                 state.save(STEP, _tensors(stand_ins, optimizer, step + 1))
             progress("scales", step + 1, config.tune_steps)
@@ -222,10 +222,15 @@ def _set_counts(stand_ins: Mapping[str, _Tunable], costs: Costs, draw: torch.Gen
 
 
 class _Adam:
-    """Adam whose state is plain tensors, so that it can be kept and taken up again."""
+    """Adam whose state is plain tensors, so that it can be kept and taken up again; it decays towards the start.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+    Adam moves what hardly matters as far as what does. Without decay that is noise, which the text tuned on averages
+    out and other text does not.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.start = [p.detach().clone() for p in parameters]
         self.first = [torch.zeros_like(p) for p in parameters]
         self.second = [torch.zeros_like(p) for p in parameters]
         self.steps = 0
@@ -235,11 +240,13 @@ class _Adam:
         """Move each parameter by its gradient, and forget the gradients."""
         self.steps += 1
         fresh = [1 - beta**self.steps for beta in betas]
-        for p, first, second, rate in zip(self.parameters, self.first, self.second, rates, strict=True):
+        moved = zip(self.parameters, self.start, self.first, self.second, rates, strict=True)
+        for p, start, first, second, rate in moved:
             if p.grad is None:  # took no part
                 continue
             first.lerp_(p.grad, 1 - betas[0])
             second.lerp_(p.grad.square(), 1 - betas[1])
+            p.lerp_(start, rate * self.decay)
             p.sub_(rate * (first / fresh[0]) / ((second / fresh[1]).sqrt() + 1e-8))
             p.grad = None
 

@@ -50,7 +50,7 @@ def test_calibrated_slices_are_better_on_other_text(models, bits):
     wanted = logits(models["plain"], ids)
     free, codes, tuned = (divergence(models[name], wanted, ids, bits) for name in ("free", "codes", "tuned"))
     assert codes < 0.9 * free
-    assert tuned < {2.0: 0.9, 3.0: 0.9, 4.0: 0.99}[bits] * codes
+    assert tuned < {2.0: 0.98, 3.0: 0.96, 4.0: 0.99}[bits] * codes
 
 
 @pytest.mark.parametrize("bits", [6.0, 8.0])
@@ -183,6 +183,8 @@ def test_models_that_cannot_be_calibrated_are_left_alone():
         {"propagate": 0},
         {"tune_steps": -1},
         {"tune_rate": float("inf")},
+        {"tune_decay": -1.0},
+        {"tune_decay": 112.0},
         {"tune_windows": 0},
         {"seed": 0.5},
     ],

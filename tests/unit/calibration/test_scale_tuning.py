@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div
 
 import mobiquant_compiler as mq
 from mobiquant_compiler.calibration.allocation import Costs, allocate, falling_gains
-from mobiquant_compiler.calibration.tuning import TOP, Teacher, _Multiply, _Tunable, answers
+from mobiquant_compiler.calibration.tuning import TOP, Teacher, _Adam, _Multiply, _Tunable, answers
 from mobiquant_compiler.linear import MobiLinear, elastic_linears
 from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.slices import reconstruct
@@ -148,6 +148,18 @@ def test_a_group_of_zeros_keeps_its_codes():
     _Tunable(source).store()
     assert torch.equal(weight_of(source)[1, 32:], torch.zeros(32))
     assert torch.equal(source.slices, before), "nothing was tuned"
+
+
+def test_what_moves_without_pause_ends_one_over_the_decay_away():
+    config = mq.CalibrationConfig(tune_decay=20.0)
+    pushed, noisy = nn.Parameter(torch.full((4,), 1.5)), nn.Parameter(torch.zeros(500))
+    draw = torch.Generator().manual_seed(0)
+    optimizer = _Adam([pushed, noisy], config.tune_decay)
+    for _ in range(4000):
+        pushed.grad, noisy.grad = torch.full((4,), -7.0), torch.randn(500, generator=draw)
+        optimizer.step([config.tune_rate] * 2)
+    torch.testing.assert_close(pushed.detach(), torch.full((4,), 1.5 + 1 / 20), rtol=1e-3, atol=0)
+    assert float(noisy.detach().square().mean().sqrt()) < 0.5 / 20
 
 
 def test_first_slices_stay_and_scales_and_zero_points_change():
