@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mobiquant_compiler.calibration.blocks import Chain, find_blocks, watched
 from mobiquant_compiler.calibration.codes import Factor, compensated_codes, factorize, values_at
 from mobiquant_compiler.calibration.config import CalibrationConfig
 from mobiquant_compiler.calibration.grids import sliced, weighted_grid
+from mobiquant_compiler.calibration.residency import Residency, one_at_a_time
 from mobiquant_compiler.calibration.routers import measured_routers, sum_of
 from mobiquant_compiler.calibration.state import CalibrationState
 from mobiquant_compiler.calibration.training import Training
@@ -82,6 +83,7 @@ def calibrate_(
     loss: Loss | None = None,
     budget: float | None = None,
     strict: bool = False,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Coverage:
     """Replace the linear layers of a model, in place, by elastic ones whose slices are chosen on tokens.
@@ -101,6 +103,8 @@ def calibrate_(
         loss: As in `quantize_`.
         budget: As in `quantize_`.
         strict: As in `quantize_`.
+        device: Where to compute; where the model is by default. On another device there is one block at a time, and
+            what lies outside of blocks: a model that does not fit there stays in main memory. Slower, as blocks travel.
         progress: Called with stage, done, total.
 
     Returns:
@@ -115,23 +119,25 @@ def calibrate_(
     run = _prepare(model, tokens, config, slices, state, loss, progress, strict)
     linears = list(run.linears)
     before = sum(weight_of(m).numel() * weight_of(m).element_size() for m in run.linears.values())
-    with frozen(run.model):
-        outputs, routers = _all_steps(run)
-    shared = (run.tokens, run.loss, run.progress, routers)
-    attach_budgets(run.model, linears, run.groups, run.slices, outputs, *shared)
+    with one_at_a_time(run.model, run.blocks, device) as residency:
+        run = replace(run, tokens=run.tokens.to(residency.device))
+        with frozen(run.model):
+            outputs, routers = _all_steps(run, residency)
+        shared = (run.tokens, run.loss, run.progress, routers)
+        attach_budgets(run.model, linears, run.groups, run.slices, outputs, *shared)
     if budget is not None:
         state_of(run.model).set(budget)
     after = sum(linear.weight_bytes for linear in elastic_linears(run.model).values())
     return Coverage(linears, list(run.skipped), before, after)
 
 
-def _all_steps(run: _Run) -> tuple[Mapping[str, Tensor], MakeRouter]:
+def _all_steps(run: _Run, residency: Residency) -> tuple[Mapping[str, Tensor], MakeRouter]:
     """Make every linear elastic; returns the sensitivity of the loss to their outputs, and what makes their routers."""
     gradients = _gradients(run)
     expected = _calibrate_blocks(run, gradients)
     if run.config.tune_steps:
         costs = _costs(run, run.inputs, expected)  # not of routers: slices are the same for every scope
-        tune_(run.model, costs, run.tokens, gradients.teacher, run.config, run.state, run.progress)
+        tune_(run.model, costs, run.tokens, gradients.teacher, run.config, run.state, run.progress, residency.leave)
     costs = _costs(run, run.groups, expected)
     networks = _train_routers(run, gradients, costs, expected) if run.config.router == "mlp" else {}
     return gradients.outputs, measured_routers(costs, expected, networks)

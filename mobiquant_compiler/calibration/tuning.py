@@ -95,12 +95,15 @@ class _Multiply(torch.autograd.Function):
 class _Tunable(nn.Module):
     """Stands in for a `MobiLinear` while its scale and zero point are tuned; all tokens use `count` slices."""
 
+    codes: Tensor
+    scale: Tensor
+
     def __init__(self, source: MobiLinear) -> None:
         super().__init__()
         self.source, self.spec = source, source.spec
         self.count = source.spec.num_slices
-        self.codes = unpack(source.slices, source.spec, source.spec.num_slices)
-        self.scale = source.scale.float()
+        self.register_buffer("codes", unpack(source.slices, source.spec, source.spec.num_slices))
+        self.register_buffer("scale", source.scale.float())
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         self.zero = nn.Parameter(source.zero.float())
 
@@ -168,10 +171,12 @@ def tune_(
     config: CalibrationConfig,
     state: CalibrationState,
     progress: Callable[[str, int, int], None],
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Tune scales and zero points of a model's elastic linears, in place, in `config.tune_steps` steps.
 
-    Memory: the model, its codes with a byte a weight, and the activations of `config.tune_windows` windows. Arithmetic
+    Memory: the model, its codes with a byte a weight, and the activations of `config.tune_windows` windows; where
+    blocks compute one at a time (`residency`), on that device one block of these. Arithmetic
     is in bfloat16, with the two numbers of each group in float32.
 
     Args:
@@ -182,7 +187,9 @@ def tune_(
         config: Steps, rates, seed.
         state: Where every tenth step is kept.
         progress: Called with stage, done, total.
+        settle: Called where all parameters must be on one device (`residency`).
     """
+    settle()
     names = [name for group in costs.groups for name in group]
     with _tunable(model, names) as stand_ins:
         optimizer = _Adam([p for m in stand_ins.values() for p in (m.log_scale, m.zero)], config.tune_decay)
@@ -192,11 +199,13 @@ def tune_(
             _set_counts(stand_ins, costs, draw)
             chosen = torch.randint(0, len(tokens), (config.tune_windows,), generator=draw)
             _gradients(model, tokens[chosen.to(tokens.device)], chosen, teacher, tokens.device.type)
+            settle()
             rate = _schedule(step, config.tune_steps) * config.tune_rate
             optimizer.step([rate, ZERO_RATE * rate] * len(names))
             if (step + 1) % _SAVED == 0 or step + 1 == config.tune_steps:
                 state.save(STEP, _tensors(stand_ins, optimizer, step + 1))
             progress("scales", step + 1, config.tune_steps)
+        settle()
         for module in stand_ins.values():
             module.store()
 

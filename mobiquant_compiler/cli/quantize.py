@@ -10,7 +10,7 @@ import typer
 from mobiquant_compiler.cli.checking import QuickCheck
 from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json, whole_numbers
 from mobiquant_compiler.cli.evaluate import RATIO_HELP
-from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, text_windows
+from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, pick_device, text_windows
 from mobiquant_compiler.errors import BadOption
 
 
@@ -44,6 +44,12 @@ def quantize(
         Path | None, typer.Option(help="With --calibrate: directory to keep finished steps in and go on from.")
     ] = None,
     router: Annotated[str, typer.Option(help="With --calibrate: 'energy', or 'mlp', trained networks.")] = "energy",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload", help="With --calibrate: keep the model in main memory, one block at a time on --device."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="With --calibrate: of everything that is drawn.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Bits to start with; all slices by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
@@ -58,12 +64,13 @@ def quantize(
     """Turn a model's linear layers into slices, check what budgets cost, and save the checkpoint."""
     QuickCheck.refuse(check_windows, warn_ratio)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
-    how = _calibration_config(calibrate, calibration, steps, state, router, seed)
+    how = _calibration_config(calibrate, calibration, steps, state, router, seed, offload)
     import mobiquant_compiler as mq
     from mobiquant_compiler.checkpoint import save
 
+    computing = pick_device(device) if offload else None
     with progress() as report:
-        loaded = load(model, device, dtype, report)
+        loaded = load(model, "cpu" if offload else device, dtype, report)
         tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
         check = QuickCheck(loaded, model, check_windows, positive(length, "--length"), warn_ratio, report)
         shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
@@ -71,7 +78,7 @@ def quantize(
             coverage = mq.quantize_(loaded.model, config, calibration=tokens, **shared)
         else:
             assert tokens is not None, "refused above"
-            coverage = mq.calibrate_(loaded.model, tokens, how, slices=config, state=state, **shared)
+            coverage = mq.calibrate_(loaded.model, tokens, how, slices=config, state=state, device=computing, **shared)
         checked = check.run(budget)
     where = save(loaded.model, output, tokenizer=loaded.tokenizer)
     if as_json:
@@ -85,13 +92,16 @@ def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: i
     return text_windows(loaded, source, text, positive(windows, "--windows"), positive(length, "--length"))
 
 
-def _calibration_config(calibrate: bool, text: str, steps: int, state: Path | None, router: str, seed: int) -> Any:
+def _calibration_config(
+    calibrate: bool, text: str, steps: int, state: Path | None, router: str, seed: int, offload: bool
+) -> Any:
     """Build the CalibrationConfig, None without --calibrate; before anything is loaded."""
     from mobiquant_compiler.calibration import CalibrationConfig
 
     if not calibrate:
-        if state is not None:
-            raise BadOption(where="command line", name="--state", got=str(state), wanted="--calibrate with it")
+        for name, value in (("--state", state), ("--offload", offload or None)):
+            if value is not None:
+                raise BadOption(where="command line", name=name, got=str(value), wanted="--calibrate with it")
         return None
     if text == "none":
         raise BadOption(where="command line", name="--calibration", got=text, wanted="a text, with --calibrate")

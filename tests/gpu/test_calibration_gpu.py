@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mobiquant_compiler as mq
 from mobiquant_compiler.baselines.compare import measure_static
 from mobiquant_compiler.linear import elastic_linears
-from tests.models_tiny import VOCABULARY, tiny_llama, tokens
+from tests.models_tiny import VOCABULARY, seeded, tiny_llama, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +25,21 @@ CONFIG = mq.CalibrationConfig(tune_steps=20, router="mlp", router_steps=60)
 
 def model_on(device: str) -> nn.Module:
     return tiny_llama().to(device)
+
+
+def wide_llama(layers: int) -> nn.Module:
+    """Return a model whose blocks are large beside what lies between them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+    )
+    return seeded(LlamaForCausalLM(config))
 
 
 def calibrated(device: str, state: Path | None = None) -> nn.Module:
@@ -100,3 +115,28 @@ def test_static_methods_run(method: str) -> None:
     model = model_on(WHERE)
     rows = list(measure_static(model, tokens(2, 32, seed=7), [method], [2, 4], calibration=IDS[:4]))
     assert 1 < rows[1].perplexity < 4 * VOCABULARY
+
+
+def test_a_model_in_main_memory_is_calibrated_a_block_at_a_time() -> None:
+    made = []
+    for home, device in ((WHERE, None), ("cpu", WHERE)):
+        model = model_on(home)
+        mq.calibrate_(model, IDS, CONFIG, device=device)
+        assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {home}
+        made.append(elastic_linears(model))
+    for name, linear in made[0].items():
+        other = made[1][name]
+        assert torch.equal(linear.slices.cpu(), other.slices)
+        torch.testing.assert_close(linear.scale.cpu().float(), other.scale.float(), rtol=1e-2, atol=1e-5)
+
+
+def test_memory_on_the_device_does_not_grow_with_the_number_of_blocks() -> None:
+    peaks = []
+    for layers in (2, 10):
+        model = wide_llama(layers)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        mq.calibrate_(model, IDS[:2], mq.CalibrationConfig(tune_steps=2, router="mlp", router_steps=2), device=WHERE)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    block = sum(p.numel() * 4 for p in wide_llama(1).model.layers.parameters())
+    assert peaks[1] - peaks[0] < block, f"{peaks} bytes with a block of {block}"

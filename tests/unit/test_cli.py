@@ -23,7 +23,7 @@ SMALL = ("--windows", "2", "--length", "32")
 
 
 def test_quantize_can_calibrate_and_go_on(run: Run, plain: str, tmp_path: Path) -> None:
-    options = (*SMALL, "--calibrate", "--steps", "2", "--state", tmp_path / "state", "--json")
+    options = (*SMALL, "--calibrate", "--steps", "2", "--state", tmp_path / "state", "--offload", "--json")
     code, out, err = run("quantize", plain, tmp_path / "out", *options)
     assert code == 0, err
     assert len(json.loads(out)["rewritten"]) == len(elastic_linears(checkpoint.load(tmp_path / "out")))
@@ -39,6 +39,7 @@ def test_quantize_can_calibrate_and_go_on(run: Run, plain: str, tmp_path: Path) 
 def test_calibration_options_need_calibrate_and_a_text(fails: Callable[..., str], plain: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "'--state' got" in fails("quantize", plain, out, "--state", tmp_path / "s")
+    assert "'--offload' got" in fails("quantize", plain, out, "--offload")
     assert "'--calibration' got 'none'" in fails("quantize", plain, out, "--calibrate", "--calibration", "none")
     assert "'tune_steps' got -1" in fails("quantize", plain, out, "--calibrate", "--steps", "-1")
     assert not out.exists()
