@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,12 +45,7 @@ def quantize(
         Path | None, typer.Option(help="With --calibrate: directory to keep finished steps in and go on from.")
     ] = None,
     router: Annotated[str, typer.Option(help="With --calibrate: 'energy', or 'mlp', trained networks.")] = "energy",
-    offload: Annotated[
-        bool,
-        typer.Option(
-            "--offload", help="With --calibrate: keep the model in main memory, one block at a time on --device."
-        ),
-    ] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="With --calibrate: blocks on --device in turn.")] = False,
     seed: Annotated[int, typer.Option(help="With --calibrate: of everything that is drawn.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Bits to start with; all slices by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
@@ -65,20 +61,15 @@ def quantize(
     QuickCheck.refuse(check_windows, warn_ratio)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
     how = _calibration_config(calibrate, calibration, steps, state, router, seed, offload)
-    import mobiquant_compiler as mq
     from mobiquant_compiler.checkpoint import save
 
-    computing = pick_device(device) if offload else None
+    calibrating = {"state": state, "device": pick_device(device) if offload else None}
     with progress() as report:
         loaded = load(model, "cpu" if offload else device, dtype, report)
         tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
         check = QuickCheck(loaded, model, check_windows, positive(length, "--length"), warn_ratio, report)
         shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
-        if how is None:
-            coverage = mq.quantize_(loaded.model, config, calibration=tokens, **shared)
-        else:
-            assert tokens is not None, "refused above"
-            coverage = mq.calibrate_(loaded.model, tokens, how, slices=config, state=state, device=computing, **shared)
+        coverage = _slice(loaded.model, tokens, config, how, calibrating, shared)
         checked = check.run(budget)
     where = save(loaded.model, output, tokenizer=loaded.tokenizer)
     if as_json:
@@ -86,6 +77,17 @@ def quantize(
         return
     note(str(coverage))
     out().print(f"saved {where}", markup=False, soft_wrap=True)
+
+
+def _slice(
+    model: Any, tokens: Any, config: Any, how: Any, calibrating: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Any:
+    """Make a model's linears elastic, on tokens where there is a CalibrationConfig; returns the coverage."""
+    import mobiquant_compiler as mq
+
+    if how is None:
+        return mq.quantize_(model, config, calibration=tokens, **shared)
+    return mq.calibrate_(model, tokens, how, slices=config, **calibrating, **shared)
 
 
 def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
