@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiquant_compiler.baselines.blocks import stages
 from mobiquant_compiler.baselines.gptq import gptq
 from mobiquant_compiler.baselines.hqq import INSTALL, hqq_library, hqq_own, library_version
 from mobiquant_compiler.baselines.rtn import round_to_nearest
+from mobiquant_compiler.baselines.stages import stages
 from mobiquant_compiler.config import SliceConfig
 from mobiquant_compiler.errors import BadOption, NothingToQuantize
 from mobiquant_compiler.evaluation import perplexity

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mobiquant_compiler.blocks import Chain, blocks_of_all, members
 from mobiquant_compiler.calibrate import (
     Loss,
     Progress,
@@ -22,7 +23,6 @@ from mobiquant_compiler.calibrate import (
     shared_inputs,
 )
 from mobiquant_compiler.calibration.allocation import Costs
-from mobiquant_compiler.calibration.blocks import Chain, find_blocks, watched
 from mobiquant_compiler.calibration.codes import Factor, compensated_codes, factorize, values_at
 from mobiquant_compiler.calibration.config import CalibrationConfig
 from mobiquant_compiler.calibration.grids import sliced, weighted_grid
@@ -33,7 +33,7 @@ from mobiquant_compiler.calibration.training import Training
 from mobiquant_compiler.calibration.tuning import Teacher, answers, tune_
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig
 from mobiquant_compiler.errors import BadOption
-from mobiquant_compiler.hooks import removing
+from mobiquant_compiler.hooks import removing, watched
 from mobiquant_compiler.linear import TokenMask, elastic_linears
 from mobiquant_compiler.quantize import (
     MakeRouter,
@@ -163,7 +163,7 @@ def _prepare(
         )
     linears, skipped = select(model, slices)
     check(model, linears, skipped, slices, strict)
-    blocks = find_blocks(model, linears)
+    blocks = blocks_of_all(model, list(linears))
     tokens = check_tokens(tokens).to(next(model.parameters()).device)
     loss, progress = loss or next_token_loss, progress or (lambda stage, done, total: None)
     inputs = shared_inputs(model, linears, tokens[:1, :32], loss)
@@ -251,7 +251,7 @@ def _calibrate_blocks(run: _Run, gradients: _Gradients) -> dict[str, Tensor]:
     mask = TokenMask().to(run.tokens.device)
     expected: dict[str, Tensor] = {}
     for index, block in enumerate(run.blocks):
-        inside = [name for name in run.linears if name.startswith(f"{block}.")]
+        inside = members(block, run.linears)
         found = run.state.load(steps[index])
         if found is None:
             assert chain is not None, "there is a chain while a block is to be done"

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from mobiquant_compiler.blocks import Chain, members
 from mobiquant_compiler.calibrate import Loss, Progress
-from mobiquant_compiler.calibration.blocks import Chain, watched
 from mobiquant_compiler.calibration.config import CalibrationConfig
 from mobiquant_compiler.calibration.state import CalibrationState
+from mobiquant_compiler.hooks import watched
 from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router
 from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.reference import SCORES, mlp_features
@@ -173,10 +174,10 @@ class Training:
     ) -> dict[str, list[Tensor]]:
         """Train the routers block by block; returns each group's network by its first linear."""
         tokens = tokens[: config.router_windows]
-        chain = Chain(self.model, list(self.blocks), tokens, loss)
+        chain = Chain(self.model, self.blocks, tokens, loss)
         networks: dict[str, list[Tensor]] = {}
         for index, block in enumerate(self.blocks):
-            groups = {group[0]: group for group in self.groups if group[0].startswith(f"{block}.")}
+            groups = {group[0]: group for group in self.groups if members(block, group[:1])}
             step = f"router-{_key(config, self.groups)}-{index:04d}"
             found = state.load(step)
             lessons = self._lessons(chain, index, groups if found is None else {})

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as multiply
 from torch.nn.functional import pad
 
+from mobiquant_compiler.blocks import without_cache
 from mobiquant_compiler.calibration.allocation import Costs, allocate
-from mobiquant_compiler.calibration.blocks import without_cache
 from mobiquant_compiler.calibration.config import ZERO_RATE, CalibrationConfig
 from mobiquant_compiler.calibration.grids import nearest_codes
 from mobiquant_compiler.calibration.state import CalibrationState

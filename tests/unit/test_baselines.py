@@ -1,17 +1,15 @@
-"""Static quantizers: grids, round to nearest, GPTQ, HQQ, and the walk from block to block."""
+"""Static quantizers: grids, round to nearest, GPTQ, HQQ, and the walk from stage to stage."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mobiquant_compiler.baselines import compare
-from mobiquant_compiler.baselines.blocks import find_blocks, stages
 from mobiquant_compiler.baselines.compare import METHODS, measure_static, static_weights
 from mobiquant_compiler.baselines.gptq import column_order, gptq
 from mobiquant_compiler.baselines.grids import (
@@ -23,10 +21,12 @@ from mobiquant_compiler.baselines.grids import (
 )
 from mobiquant_compiler.baselines.hqq import hqq_library, hqq_own, library_version
 from mobiquant_compiler.baselines.rtn import round_to_nearest
+from mobiquant_compiler.baselines.stages import stages
 from mobiquant_compiler.config import SliceConfig
 from mobiquant_compiler.errors import BadOption, NothingToQuantize
 from mobiquant_compiler.quantize import quantize_, select, weight_of
 from tests.models_tiny import tiny_gpt2, tiny_llama, tiny_lm, tiny_mlp, tokens
+from tests.unit.test_blocks import CHAINS, Odd
 
 
 def weight(n: int = 24, k: int = 128, seed: int = 0) -> Tensor:
@@ -179,14 +179,7 @@ class TestHqq:
         assert library_version() is None
 
 
-class TestBlocks:
-    def test_are_the_longest_list_that_holds_linears(self) -> None:
-        model = tiny_llama(3)
-        linears, _ = select(model, SliceConfig())
-        name, blocks = find_blocks(model, linears)
-        assert (name, len(blocks)) == ("model.layers", 3)
-        assert find_blocks(tiny_mlp(), {"0": nn.Identity()}) == ("", [])
-
+class TestStages:
     @pytest.mark.parametrize("make", [tiny_llama, tiny_lm, tiny_gpt2])
     def test_every_linear_has_its_true_inputs(self, make) -> None:
         """Changed weights of earlier blocks reach later ones: each linear sees what it sees in the whole model."""
@@ -221,7 +214,7 @@ class TestBlocks:
             for there, here in zip(seen[name], walked[name], strict=True):
                 assert torch.allclose(there.reshape(-1), here.reshape(-1), rtol=1e-3, atol=1e-4), name
 
-    @pytest.mark.parametrize("kind", ["residual outside", "twice", "in place", "keyword", "no tensor"])
+    @pytest.mark.parametrize("kind", [*CHAINS, "residual outside", "added in place", "twice", "no tensor", "pair"])
     def test_odd_blocks_see_their_true_inputs_too(self, kind: str) -> None:
         """What a block gives alone may not be what the model makes of it: then the whole model runs."""
         torch.manual_seed(0)
@@ -251,47 +244,15 @@ class TestBlocks:
                     linears[name].weight.mul_(1.5)
                 order += names
         assert order == ["blocks.0", "blocks.1", "blocks.2", "head"]
-        alone = kind in ("in place", "keyword")
-        assert whole_runs == ([0, 0, 0, 2] if alone else [2] * 4)
+        assert whole_runs == ([0, 0, 0, 2] if kind in CHAINS else [2] * 4)
 
-
-class OddBlock(nn.Linear):
-    """A linear that may take a list, or write to its input."""
-
-    in_place = False
-
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        x = x[0] if isinstance(x, list) else x
-        if self.in_place:
-            x += 1
-        return super().forward(x)
-
-
-class Odd(nn.Module):
-    """Blocks that a model does not just call one after the other."""
-
-    STEPS: ClassVar = {
-        "residual outside": lambda block, x: x + block(x),
-        "twice": lambda block, x: block(block(x)),
-        "in place": lambda block, x: block(x),
-        "keyword": lambda block, x: block(x=x),
-        "no tensor": lambda block, x: block([x]),
-    }
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.step = self.STEPS[kind]
-        self.embed = nn.Embedding(128, 32)
-        self.blocks = nn.ModuleList(OddBlock(32, 32) for _ in range(3))
-        self.head = nn.Linear(32, 128)
-        for block in self.blocks:
-            block.in_place = kind == "in place"
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = self.step(block, x)
-        return self.head(x)
+    def test_models_without_blocks_are_one_stage(self) -> None:
+        model, ids = tiny_lm(1), tokens(2, 8)
+        seen: list[int] = []
+        model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        ((names, run),) = stages(model, {"lm_head": model.lm_head}, ids)
+        run()
+        assert (names, seen) == (["lm_head"], [8, 8])
 
 
 def _first(values: list[Tensor | list[Tensor]]) -> Tensor:
