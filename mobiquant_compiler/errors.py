@@ -258,8 +258,8 @@ class CalibrationError(MobiQuantError):
 
 class NonFiniteActivations(CalibrationError):
     message = (
-        "calibrate_: the inputs of {where} gave {count} non-finite sums; the model does not run on these tokens in its "
-        "dtype. Use float32 or bfloat16, or exclude this layer."
+        "calibration: the inputs of {where} gave {count} non-finite sums; the model does not run on these tokens in "
+        "its dtype. Use float32 or bfloat16, or exclude this layer."
     )
 
 

@@ -18,7 +18,7 @@ from mobiquant_compiler.baselines.stages import stages
 from mobiquant_compiler.config import SliceConfig
 from mobiquant_compiler.errors import BadOption, NothingToQuantize
 from mobiquant_compiler.evaluation import perplexity
-from mobiquant_compiler.hooks import removing
+from mobiquant_compiler.hessians import gathered
 from mobiquant_compiler.linear import elastic_linears
 from mobiquant_compiler.quantize import select, weight_of
 
@@ -193,36 +193,13 @@ def _gptq(
     windows = calibration.to(next(model.parameters()).device)
     done = 0
     for names, run in stages(model, linears, windows):
-        with _hessians({name: linears[name] for name in names}) as hessians:
+        with gathered({name: linears[name] for name in names}) as hessians:
             run()
         for name in names:
             weight = weight_of(linears[name]).detach()
             if name in hessians:
-                put(name, gptq(weight, hessians[name], bits, groups[name]))
+                put(name, gptq(weight, hessians.pop(name), bits, groups[name], where=name))
             else:  # a branch that no calibration token took: nothing is known but the weight
                 put(name, round_to_nearest(weight, bits, groups[name]))
             done += 1
             report(done)
-
-
-@contextmanager
-def _hessians(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Sum ``X^T X`` of each linear's inputs within the block.
-
-    Yields:
-        float32 [K, K] by name, filled as the block runs; a linear that does not run has none.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            if name not in sums:
-                sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            sums[name].addmm_(rows.t(), rows)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
-    with removing(handles):
-        yield sums

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.baselines.grids import least_squares_grid, rounded
+from mobiquant_compiler.hessians import damped, inverse_factor
 
 DAMPING = 0.01  # share of the mean Hessian diagonal that is added to it
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float = DAMPING) -> Tensor:
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float = DAMPING, where: str = "gptq"
+) -> Tensor:
     """Return the values that GPTQ gives a weight at one width.
 
     The grid of a group (least squared error, real zero point) is chosen when the group is reached, from the weights as
@@ -19,25 +22,27 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float 
 
     Args:
         weight: [N, K].
-        hessian: ``X^T X`` of the layer's inputs, up to a factor, float32 [K, K].
+        hessian: ``X^T X`` of the layer's inputs, up to a factor, float32 [K, K]; inverted in float64.
         bits: Width.
         group: Columns that share scale and zero point; the last group may be short.
         damping: See `DAMPING`.
+        where: Name of the linear for messages.
 
     Returns:
         float32 [N, K].
 
+    Raises:
+        NonFiniteActivations: the Hessian has values that are not finite.
+
     Source: GPTQ, arXiv 2210.17323, algorithm 1.
     """
-    hessian = hessian.float().clone()
     unused = hessian.diagonal() == 0  # columns that no calibration token ever moved: their weight does not matter
-    hessian[unused, unused] = 1
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    hessian = damped(hessian, damping, where)
     parts = column_order(hessian.diagonal(), group)
     order = torch.cat(parts)
     rows = weight.float().t()[order].contiguous()  # columns of the weight as rows: each step takes one
     rows[unused[order]] = 0
-    factor = _inverse_factor(hessian[order][:, order])
+    factor = inverse_factor(hessian, order)
     result = torch.empty_like(rows)
     start = 0
     for part in parts:
@@ -63,9 +68,3 @@ def column_order(diagonal: Tensor, group: int) -> list[Tensor]:
 
 def _columns(diagonal: Tensor, group: int) -> tuple[Tensor, ...]:
     return torch.arange(len(diagonal), device=diagonal.device).split(group)
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse; row i holds how column i's error moves to the later ones."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.errors import NonFiniteActivations
+from mobiquant_compiler.hessians import damped, inverse_factor
 from mobiquant_compiler.slices import affine_at, residual_bits
 from mobiquant_compiler.spec import SliceSpec
 
@@ -39,22 +39,15 @@ def factorize(hessian: Tensor, damping: float, where: str) -> Factor:
 
     Args:
         hessian: [K, K], the weighted mean of ``x x^T``.
-        damping: Added to the diagonal, as a share of its mean.
+        damping: As of `hessians.damped`.
         where: Name of the linear for messages.
 
     Raises:
         NonFiniteActivations: the Hessian has values that are not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise NonFiniteActivations(where=where, count=int((~torch.isfinite(hessian)).sum()))
-    damped = hessian.double()
-    diagonal = damped.diagonal()  # a view
-    diagonal.masked_fill_(diagonal <= 0, 1.0)  # columns that were always 0 are free: any code will do
-    diagonal += damping * diagonal.mean()
-    order = diagonal.argsort(descending=True, stable=True)
-    lower = torch.linalg.cholesky(damped[order][:, order])
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return Factor(order, upper.float())
+    whole = damped(hessian, damping, where)
+    order = whole.diagonal().argsort(descending=True, stable=True)
+    return Factor(order, inverse_factor(whole, order))
 
 
 @dataclass(frozen=True, slots=True)

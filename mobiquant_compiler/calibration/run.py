@@ -33,7 +33,8 @@ from mobiquant_compiler.calibration.training import Training
 from mobiquant_compiler.calibration.tuning import Teacher, answers, tune_
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig
 from mobiquant_compiler.errors import BadOption
-from mobiquant_compiler.hooks import removing, watched
+from mobiquant_compiler.hessians import gathered
+from mobiquant_compiler.hooks import removing
 from mobiquant_compiler.linear import TokenMask, elastic_linears
 from mobiquant_compiler.quantize import (
     MakeRouter,
@@ -285,35 +286,16 @@ def _block_codes(
 ) -> dict[str, Tensor]:
     """Return what `_group_codes` returns, of every linear of one block."""
     leaders = {group[0]: group for group in run.inputs if group[0] in inside}
-    hessians = _hessians(run, chain, index, list(leaders), gradients.tokens)
+    with gathered({name: run.linears[name] for name in leaders}, gradients.tokens) as hessians:
+        chain.run(index, advance=False)
     found: dict[str, Tensor] = {}
     for leader, group in leaders.items():
-        hessian = hessians.pop(leader)
+        hessian = hessians.pop(leader, None)
+        if hessian is None:  # took no part: all columns alike
+            hessian = torch.eye(weight_of(run.linears[leader]).shape[1], device=run.tokens.device)
         factor = factorize(hessian, run.config.damping, leader)
         found |= _group_codes(group, hessian, factor, gradients.outputs, run)
     return found
-
-
-def _hessians(
-    run: _Run, chain: Chain, index: int, leaders: Sequence[str], by_token: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the weighted mean of ``x x^T`` over all tokens at the input of each of a block's linears."""
-    sums: dict[str, Tensor] = {}
-    seen = dict.fromkeys(leaders, 0)
-
-    def see(name: str, x: Tensor) -> None:
-        x = x.float()
-        weight = by_token[name][seen[name] : seen[name] + x.shape[0]]
-        seen[name] += x.shape[0]
-        if name not in sums:
-            sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        sums[name].addmm_(x.t(), x * weight.unsqueeze(1))
-
-    with watched({name: run.linears[name] for name in leaders}, see):
-        chain.run(index, advance=False)
-    absent = {name: weight_of(run.linears[name]).shape[1] for name in leaders if name not in sums}
-    sums |= {name: torch.eye(k, device=run.tokens.device) for name, k in absent.items()}  # took no part: all alike
-    return {name: total / max(1, seen[name]) for name, total in sums.items()}
 
 
 def _group_codes(
