@@ -32,7 +32,15 @@ import mobiquant_compiler as mq
 from mobiquant_compiler.backend import REPORTS
 from mobiquant_compiler.baselines.compare import check_methods, implementation_of, static_weights
 from mobiquant_compiler.calibration.allocation import Costs, allocate
-from mobiquant_compiler.evaluation import LENGTH, evaluate, load_text, make_windows, perplexity
+from mobiquant_compiler.evaluation import (
+    CALIBRATION_WINDOWS,
+    LENGTH,
+    evaluate,
+    load_text,
+    make_windows,
+    perplexity,
+    spread_windows,
+)
 from mobiquant_compiler.linear import elastic_linears
 from mobiquant_compiler.models import load_model
 
@@ -73,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--fine-budgets", nargs="+", type=float, default=(), help="more, for trained-input alone")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--calibration-windows", type=int, help="8, or 64 with --calibrate")
+    parser.add_argument("--calibration-windows", type=int, help=f"8, or {CALIBRATION_WINDOWS} with --calibrate")
     parser.add_argument("--group", default="64")
     parser.add_argument("--scope", default="input", choices=("input", "linear"), help="without --calibrate")
     parser.add_argument("--calibrate", action="store_true")
@@ -95,13 +103,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--jobs needs --calibrate: data-free slices are one method")
     check_methods([method for method in args.methods if method in STATIC], args.static_bits)
     return args
-
-
-def spread_windows(tokenizer: Any, text: str, count: int) -> torch.Tensor:
-    """Return windows spread evenly over a text, int64 [count, LENGTH]."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    starts = torch.linspace(0, len(ids) - LENGTH, count).long()
-    return torch.stack([ids[start : start + LENGTH] for start in starts.tolist()])
 
 
 def row_of(name: str, text: str, method: str, budget: float | None, bits: float | None, value: float) -> dict[str, Any]:
@@ -159,8 +160,11 @@ def costs_of(state: Path, model: Any) -> Costs:
 def fresh(args: argparse.Namespace) -> tuple[Any, torch.Tensor]:
     """Return the unquantized model, and the ids that calibration uses."""
     model, tokenizer = load_model(args.model, dtype=torch.float32)
-    text = load_text(args.data / CALIBRATION[args.calibration_text])
-    return model.to(args.device).eval(), spread_windows(tokenizer, text, args.calibration_windows)
+    text = args.data / CALIBRATION[args.calibration_text]
+    tokens = spread_windows(tokenizer, load_text(text), args.calibration_windows, where=str(text))
+    if len(tokens) < args.calibration_windows:  # the result file says how many
+        sys.exit(f"{text} holds {len(tokens)} windows of {LENGTH}; give --calibration-windows {len(tokens)} or fewer")
+    return model.to(args.device).eval(), tokens
 
 
 def calibrated(args: argparse.Namespace, method: str, notes: dict[str, Any]) -> Any:
@@ -284,7 +288,7 @@ def measure_together(args: argparse.Namespace, out: Path, rows: list[dict[str, A
 def main() -> None:
     """Measure and write; what is measured so far is written after each row."""
     args = arguments()
-    args.calibration_windows = args.calibration_windows or (64 if args.calibrate else 8)
+    args.calibration_windows = args.calibration_windows or (CALIBRATION_WINDOWS if args.calibrate else 8)
     tokenizer = load_model(args.model, dtype=torch.float32)[1]
     windows = {
         text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mobiquant_compiler.budgets import achieved_bits, budget, reset_telemetry
-from mobiquant_compiler.errors import EmptyBatch, TextMissing, TextTooShort
+from mobiquant_compiler.errors import BadOption, EmptyBatch, TextMissing, TextTooShort
 from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime.telemetry import AchievedBits
 
 WINDOWS, LENGTH = 40, 512
+CALIBRATION_WINDOWS = 64  # of `LENGTH`, spread over a text, for `calibrate_`
 BUILTIN = ("pydoc", "pydoc-calibration")
 Progress = Callable[[str, int, int], None]
 
@@ -88,6 +89,40 @@ def make_windows(tokenizer: Any, text: str, count: int = WINDOWS, length: int = 
     if len(ids) < need or need == 0:
         raise TextTooShort(where=where, got=len(ids), wanted=max(need, 2))
     return torch.tensor(ids[:need], dtype=torch.int64).view(count, length)
+
+
+def spread_windows(
+    tokenizer: Any, text: str, count: int = CALIBRATION_WINDOWS, length: int = LENGTH, where: str = "text"
+) -> Tensor:
+    """Return windows spread evenly over a text, its first and last tokens included, for calibration.
+
+    Windows do not overlap: a token that counted twice would say nothing new. A text of fewer than `count` windows
+    therefore gives fewer, as many as it holds; compare ``len`` of the result with `count` where that matters.
+
+    Args:
+        tokenizer: Of the model; no beginning-of-text token is added.
+        text: All of it is tokenized.
+        count: Most windows to return.
+        length: Tokens a window.
+        where: Name of the text for messages.
+
+    Returns:
+        int64 [at most count, length].
+
+    Raises:
+        TextTooShort: it has fewer tokens than one window.
+        BadOption: less than one window or token is asked for.
+    """
+    for name, value in (("count", count), ("length", length)):
+        if value < 1:
+            raise BadOption(where="spread_windows", name=name, got=value, wanted="at least 1")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise TextTooShort(where=where, got=len(ids), wanted=length)
+    count = min(count, len(ids) // length)
+    last = len(ids) - length
+    starts = [last * i // max(1, count - 1) for i in range(count)]
+    return torch.stack([torch.tensor(ids[start : start + length], dtype=torch.int64) for start in starts])
 
 
 # --- perplexity --------------------------------------------------------------------------------------

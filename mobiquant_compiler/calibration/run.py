@@ -96,7 +96,7 @@ def calibrate_(
 
     Args:
         model: Its linears lie in one chain of blocks (as those of decoder-only language models of transformers).
-        tokens: Token ids [windows, length]; 64 windows of 512 are plenty.
+        tokens: Token ids [windows, length]; 64 windows of 512 are plenty (`evaluation.spread_windows`).
         config: How codes are chosen.
         slices: Slices, groups, layout, which layers.
         state: Directory in which each finished step is kept. A run that was interrupted goes on from there when it is

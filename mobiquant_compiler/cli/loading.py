@@ -82,6 +82,16 @@ def text_windows(loaded: Loaded, source: str, text: str, windows: int, length: i
     return make_windows(loaded.need_tokenizer(source), load_text(text), windows, length, where=text)
 
 
+def spread_text_windows(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
+    """Return windows spread over a text, fewer where it is short, which is said."""
+    from mobiquant_compiler.evaluation import load_text, spread_windows
+
+    found = spread_windows(loaded.need_tokenizer(source), load_text(text), windows, length, where=text)
+    if len(found) < windows:
+        note(f"{text} holds {len(found)} windows of {length} tokens, not {windows}: calibrating on {len(found)}")
+    return found
+
+
 @dataclass(frozen=True)
 class Slicing:
     """How a plain model is quantized on the way to being measured, and what static methods calibrate on.

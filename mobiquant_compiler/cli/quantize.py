@@ -11,8 +11,13 @@ import typer
 from mobiquant_compiler.cli.checking import QuickCheck
 from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json, whole_numbers
 from mobiquant_compiler.cli.evaluate import RATIO_HELP
-from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, pick_device, text_windows
+from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, pick_device, spread_text_windows, text_windows
 from mobiquant_compiler.errors import BadOption
+
+ROUTER_WINDOWS = 16  # of calibration where slices come from the weights alone
+WINDOWS_HELP = (
+    "Calibration windows: 16 from the start of the text; with --calibrate 64 spread over it, fewer where it is short."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +40,7 @@ def quantize(
     calibration: Annotated[
         str, typer.Option(help="Text for the router: a file, 'pydoc-calibration' (ships with Python), or 'none'.")
     ] = "pydoc-calibration",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
+    windows: Annotated[int | None, typer.Option(help=WINDOWS_HELP)] = None,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Choose the slices on the calibration text too, block by block.")
@@ -59,6 +64,8 @@ def quantize(
 ) -> None:
     """Turn a model's linear layers into slices, check what budgets cost, and save the checkpoint."""
     QuickCheck.refuse(check_windows, warn_ratio)
+    positive(length, "--length")
+    windows = _window_count(windows, calibrate)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
     how = _calibration_config(calibrate, calibration, steps, state, router, seed, offload)
     from mobiquant_compiler.checkpoint import save
@@ -66,8 +73,8 @@ def quantize(
     calibrating = {"state": state, "device": pick_device(device) if offload else None}
     with progress() as report:
         loaded = load(model, "cpu" if offload else device, dtype, report)
-        tokens = None if calibration == "none" else _calibration(loaded, model, calibration, windows, length)
-        check = QuickCheck(loaded, model, check_windows, positive(length, "--length"), warn_ratio, report)
+        tokens = _calibration(loaded, model, calibration, windows, length, spread=calibrate)
+        check = QuickCheck(loaded, model, check_windows, length, warn_ratio, report)
         shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
         coverage = _slice(loaded.model, tokens, config, how, calibrating, shared)
         checked = check.run(budget)
@@ -90,8 +97,20 @@ def _slice(
     return mq.calibrate_(model, tokens, how, slices=config, **calibrating, **shared)
 
 
-def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: int) -> Any:
-    return text_windows(loaded, source, text, positive(windows, "--windows"), positive(length, "--length"))
+def _window_count(windows: int | None, spread: bool) -> int:
+    """Return how many windows are wanted, before anything is loaded."""
+    from mobiquant_compiler.evaluation import CALIBRATION_WINDOWS
+
+    if windows is None:
+        return CALIBRATION_WINDOWS if spread else ROUTER_WINDOWS
+    return positive(windows, "--windows")
+
+
+def _calibration(loaded: Loaded, source: str, text: str, windows: int, length: int, *, spread: bool) -> Any:
+    """Return the ids that are calibrated on, None without a text."""
+    if text == "none":
+        return None
+    return (spread_text_windows if spread else text_windows)(loaded, source, text, windows, length)
 
 
 def _calibration_config(

@@ -36,6 +36,33 @@ def test_quantize_can_calibrate_and_go_on(run: Run, plain: str, tmp_path: Path) 
     assert not any(torch.equal(linear.slices, chosen[name].slices) for name, linear in free.items())
 
 
+def test_calibrating_takes_windows_spread_over_the_text_and_says_where_there_are_fewer(
+    run: Run, plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("".join(chr(97 + i % 26) for i in range(5 * 16 + 3)))
+    ids = torch.tensor(byte_tokenizer()(text.read_text()).input_ids)
+    seen: dict[str, torch.Tensor] = {}
+    inner = {name: getattr(mq, name) for name in ("calibrate_", "quantize_")}
+    monkeypatch.setattr(
+        mq, "calibrate_", lambda m, t, *a, **o: seen.update(chosen=t) or inner["calibrate_"](m, t, *a, **o)
+    )
+    monkeypatch.setattr(
+        mq, "quantize_", lambda m, *a, **o: seen.update(free=o["calibration"]) or inner["quantize_"](m, *a, **o)
+    )
+    options = ("--calibration", text, "--length", "16", "--check-windows", "0")
+    code, _, err = run("quantize", plain, tmp_path / "c", *options, "--calibrate", "--steps", "0")
+    assert code == 0, err
+    assert f"{text} holds 5 windows of 16 tokens, not 64: calibrating on 5" in err
+    assert seen["chosen"].shape == (5, 16)
+    assert torch.equal(seen["chosen"][-1], ids[-16:])
+    code, _, err = run("quantize", plain, tmp_path / "c", *options, "--calibrate", "--steps", "0", "--windows", "2")
+    assert (code, "calibrating on" in err) == (0, False)
+    assert torch.equal(seen["chosen"], torch.stack([ids[:16], ids[-16:]]))
+    assert run("quantize", plain, tmp_path / "f", *options, "--windows", "2")[0] == 0
+    assert torch.equal(seen["free"], ids[:32].view(2, 16)), "data-free slices take the start of the text"
+
+
 def test_calibration_options_need_calibrate_and_a_text(fails: Callable[..., str], plain: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "'--state' got" in fails("quantize", plain, out, "--state", tmp_path / "s")
@@ -129,6 +156,7 @@ class TestQuantize:
             (["--windows", "0"], "--windows"),
             (["--calibration", "nowhere.txt"], "text nowhere.txt: cannot be read"),
             (["--windows", "9999"], "the text gives"),
+            (["--windows", "2", "--calibrate", "--length", "9999999"], "wanted at least 9999999"),
             (["--strict"], "strict: 1 linears"),
             (["--include", "nothing"], "no linear layer to quantize"),
         ],

@@ -13,7 +13,7 @@ from torch import nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import evaluation
-from mobiquant_compiler.errors import BadSchedule, BudgetOutOfRange, EmptyBatch, TextMissing, TextTooShort
+from mobiquant_compiler.errors import BadOption, BadSchedule, BudgetOutOfRange, EmptyBatch, TextMissing, TextTooShort
 from mobiquant_compiler.generation import CACHE_STEP, Schedule, stream, timed
 from mobiquant_compiler.linear import elastic_linears
 from tests.model_dirs import byte_llama, byte_tokenizer
@@ -80,6 +80,43 @@ class TestWindows:
     def test_too_short(self) -> None:
         with pytest.raises(TextTooShort, match="mine: the text gives 3 tokens; wanted at least 8"):
             evaluation.make_windows(byte_tokenizer(), "abc", 2, 4, where="mine")
+
+
+class TestSpreadWindows:
+    def test_from_the_first_token_to_the_last_without_overlap(self) -> None:
+        text = "".join(chr(97 + i % 26) for i in range(100))
+        ids = byte_tokenizer()(text).input_ids
+        windows = evaluation.spread_windows(byte_tokenizer(), text, 3, 8)
+        assert windows.dtype == torch.int64
+        assert windows.tolist() == [ids[start : start + 8] for start in (0, 46, 92)]
+
+    def test_a_text_that_just_suffices_is_used_whole(self) -> None:
+        windows = evaluation.spread_windows(byte_tokenizer(), "abcdefghijkl", 3, 4)
+        assert windows.flatten().tolist() == byte_tokenizer()("abcdefghijkl").input_ids
+
+    @pytest.mark.parametrize(("tokens", "held"), [(4, 1), (7, 1), (8, 2), (23, 5), (24, 6), (1000, 6)])
+    def test_a_short_text_gives_fewer(self, tokens: int, held: int) -> None:
+        """No token comes twice: each window starts where the one before ends, or later."""
+        ids = list(range(tokens))
+        windows = evaluation.spread_windows(lambda text, **options: {"input_ids": ids}, "", 6, 4)
+        assert windows.shape == (held, 4)
+        assert len(windows.unique()) == 4 * held
+        assert (windows[0, 0], windows[-1, -1]) == (0, tokens - 1 if held > 1 else 3)
+
+    def test_is_what_published_figures_were_calibrated_on(self) -> None:
+        """Windows at these places are in the states of calibrations that are kept."""
+        count, length, tokens = 64, 512, 231_357
+        windows = evaluation.spread_windows(lambda text, **options: {"input_ids": range(tokens)}, "")
+        assert windows[:, 0].tolist() == torch.linspace(0, tokens - length, count).long().tolist()
+
+    def test_too_short(self) -> None:
+        with pytest.raises(TextTooShort, match="mine: the text gives 3 tokens; wanted at least 4"):
+            evaluation.spread_windows(byte_tokenizer(), "abc", 2, 4, where="mine")
+
+    @pytest.mark.parametrize(("options", "name"), [((0, 4), "count"), ((2, 0), "length")])
+    def test_nothing_asked_for(self, options: tuple[int, int], name: str) -> None:
+        with pytest.raises(BadOption, match=f"'{name}' got 0; wanted at least 1"):
+            evaluation.spread_windows(byte_tokenizer(), "abc", *options)
 
 
 class TestPerplexity:
