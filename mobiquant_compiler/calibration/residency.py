@@ -76,6 +76,8 @@ def one_at_a_time(model: nn.Module, blocks: Sequence[str], device: torch.device 
             if forward is not _ABSENT:
                 block.forward = forward
         residency.leave()
+        for name in blocks:  # what took the place of a block has never left the device
+            model.get_submodule(name).to(home)
         _move(rest, home)
 
 

@@ -66,6 +66,23 @@ def test_an_error_brings_everything_home() -> None:
     assert "forward" not in model.layers[0].__dict__
 
 
+def test_what_took_the_place_of_a_block_comes_home_too() -> None:
+    """A block may be a linear itself, and become an elastic one."""
+    moved: list[torch.device] = []
+
+    class Elastic(nn.Linear):
+        def to(self, device: torch.device) -> Elastic:
+            moved.append(device)
+            return super().to(device)
+
+    model = tiny_lm(3)
+    with one_at_a_time(model, BLOCKS, AWAY):
+        model.layers[1] = Elastic(64, 64)
+        model(IDS)
+        assert moved == []
+    assert moved == [HOME]
+
+
 @pytest.mark.parametrize("device", [None, HOME])
 def test_nothing_moves_where_the_model_is(device: torch.device | None) -> None:
     model = tiny_lm(3)
