@@ -1,10 +1,12 @@
-"""Outlier migration of one packed, data-free model: do the tokens that suffer most move with the budget?
+"""Outlier migration of one packed model: do the tokens that suffer most move with the budget?
 
-    python benchmarks/bench_migration.py --data DIR      # benchmarks/results/cpu/outlier_migration.json
+    python benchmarks/bench_migration.py --data DIR                  # data-free slices: outlier_migration.json
+    python benchmarks/bench_migration.py --data DIR --state STATE    # calibrated: outlier_migration_calibrated.json
 
 DIR holds ``wikitext2/``, ``ptb/`` and ``c4/``. Rows are `Migration.summary`, one with and one without routing for each
 text and pair of budgets; the errors of every token of the first text at the first pair are kept for the figure, which
-scripts/plot_migration.py draws. SmolLM2 here is the dequantized Q4_1 model, not the original bf16 one.
+scripts/plot_migration.py draws. With --state slices are calibrated and routers trained; STATE keeps what is done, and
+may be that of `bench_quality`. SmolLM2 here is the dequantized Q4_1 model, not the original bf16 one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 
 import mobiquant_compiler as mq
 from mobiquant_compiler.analysis import Migration, outlier_migration
-from mobiquant_compiler.evaluation import load_text, make_windows
+from mobiquant_compiler.evaluation import CALIBRATION_WINDOWS, load_text, make_windows, spread_windows
 from mobiquant_compiler.models import load_model
 
 TEXTS = {
@@ -39,7 +41,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--calibration-windows", type=int, default=8)
+    parser.add_argument("--calibration-windows", type=int, help=f"8, or {CALIBRATION_WINDOWS} with --state")
+    parser.add_argument("--state", type=Path, help="calibrate, and keep finished steps here")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
@@ -77,6 +80,20 @@ def measure(model: Any, windows: Mapping[str, torch.Tensor], name: str) -> tuple
     return rows, tokens
 
 
+def make_elastic(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Make a model elastic in place; returns what the result file says of that."""
+    config, text = mq.SliceConfig(group=args.group), load_text(args.data / CALIBRATION)
+    count = args.calibration_windows or (8 if args.state is None else CALIBRATION_WINDOWS)
+    if args.state is None:
+        mq.quantize_(model, config, calibration=make_windows(tokenizer, text, count))
+        how = f"{count} windows of 512, data-free slices, energy router"
+        return {"config": config.to_dict(), "calibration": f"{CALIBRATION}, {how}"}
+    tokens, options = spread_windows(tokenizer, text, count), mq.CalibrationConfig(router="mlp")
+    mq.calibrate_(model, tokens, options, slices=config, state=args.state)
+    how = f"{len(tokens)} windows of 512, spread evenly, calibrated slices, trained router"
+    return {"config": config.to_dict(), "calibration": f"{CALIBRATION}, {how}", "options": options.to_dict()}
+
+
 def main() -> None:
     """Measure and write."""
     args = arguments()
@@ -86,18 +103,16 @@ def main() -> None:
         text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
         for text in args.texts
     }
-    calibration = make_windows(tokenizer, load_text(args.data / CALIBRATION), args.calibration_windows)
-    config = mq.SliceConfig(group=args.group)
-    mq.quantize_(model, config, calibration=calibration)
+    made = make_elastic(args, model, tokenizer)
     rows, tokens = measure(model, windows, args.model)
+    name = "outlier_migration.json" if args.state is None else "outlier_migration_calibrated.json"
     record.write(
-        args.out or record.folder(args.device) / "outlier_migration.json",
+        args.out or record.folder(args.device) / name,
         rows,
         args.device,
         protocol=f"{args.windows} windows of 512 tokens, no BOS, fp32; error: KL(all slices || budget) in nats",
         reference="the dequantized Q4_1 model with all slices, not the original bf16 one",
-        config=config.to_dict(),
-        calibration=f"{CALIBRATION}, {args.calibration_windows} windows of 512, data-free slices, energy router",
+        **made,
         tokens={"text": args.texts[0], "share": rows[0]["share"], "settings": tokens},
     )
 

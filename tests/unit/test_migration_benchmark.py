@@ -23,8 +23,9 @@ def plot_script() -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("router", ["energy", "trained"])
 def test_measures_and_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     text = "Some plain words, and more of them. " * 40
@@ -43,10 +44,12 @@ def test_measures_and_draws(
         1,
         "--calibration-windows",
         1,
+        *(("--state", tmp_path / "state") if router == "trained" else ()),
     ]
     monkeypatch.setattr(sys, "argv", ["bench_migration.py", *map(str, arguments), "--device", "cpu", "--out", str(out)])
     bench_migration.main()
     result = json.loads(out.read_text(encoding="utf-8"))
+    assert f"{router} router" in result["calibration"]
     assert len(result["rows"]) == 2 * len(bench_migration.PAIRS)
     assert [row["method"] for row in result["rows"][:2]] == ["one count a linear", "routing"]
 
