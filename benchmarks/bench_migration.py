@@ -19,18 +19,15 @@ from typing import Any
 
 import record
 import torch
+from bench_quality import CALIBRATION as CALIBRATIONS
+from bench_quality import TEXTS
 
 import mobiquant_compiler as mq
 from mobiquant_compiler.analysis import Migration, outlier_migration
 from mobiquant_compiler.evaluation import CALIBRATION_WINDOWS, load_text, make_windows, spread_windows
 from mobiquant_compiler.models import load_model
 
-TEXTS = {
-    "wikitext2": "wikitext2/wiki.test.raw",
-    "ptb": "ptb/ptb.test.txt",
-    "c4": "c4/c4_validation.head.jsonl",
-}
-CALIBRATION = "wikitext2/wiki.train.head.txt"
+CALIBRATION = CALIBRATIONS["wikitext2"]
 PAIRS = ((3.0, 4.0), (4.0, 5.0), (4.0, 6.0))
 
 

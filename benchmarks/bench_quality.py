@@ -260,9 +260,9 @@ def protocol(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def unquantized_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def unquantized_rows(args: argparse.Namespace, model: Any, windows: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Return the rows of the model as it is."""
-    model = fresh(args)[0]
+    model.to(args.device).eval()
     return [
         row_of(args.model, text, "unquantized", None, None, perplexity(model, ids, batch=4))
         for text, ids in windows.items()
@@ -289,12 +289,13 @@ def main() -> None:
     """Measure and write; what is measured so far is written after each row."""
     args = arguments()
     args.calibration_windows = args.calibration_windows or (CALIBRATION_WINDOWS if args.calibrate else 8)
-    tokenizer = load_model(args.model, dtype=torch.float32)[1]
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
     windows = {
         text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
         for text in args.texts
     }
-    rows = unquantized_rows(args, windows) if args.unquantized else []
+    rows = unquantized_rows(args, model, windows) if args.unquantized else []
+    del model  # every method starts from one of its own
     out = args.out or record.folder(args.device) / ("quality.json" if args.calibrate else "quality_datafree.json")
     if args.jobs > 1:
         measure_together(args, out, rows)

@@ -109,10 +109,8 @@ class _Tunable(nn.Module):
 
     def rebuilt(self, log_scale: Tensor, zero: Tensor) -> Tensor:
         """Return ``W_count`` [N, K_padded] in bfloat16."""
-        step, centre = affine_at(self.scale * log_scale.exp(), zero, self.spec, self.count)
-        codes = self.codes >> (self.spec.total_bits - self.spec.bits(self.count))
-        grouped = codes.view(codes.shape[0], -1, self.spec.group).float()
-        return ((grouped - centre.unsqueeze(-1)) * step.unsqueeze(-1)).view(codes.shape).to(torch.bfloat16)
+        values = self._values(self.scale * log_scale.exp(), zero, self.count)
+        return values.view(self.codes.shape).to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Multiply.apply(x.to(torch.bfloat16), self.log_scale, self.zero, self)
@@ -122,16 +120,16 @@ class _Tunable(nn.Module):
     def store(self) -> None:
         """Write scale and zero point back, in the dtype they are stored in, and what later slices make of them."""
         with torch.no_grad():
-            before = self._values(self.scale, self.source.zero.float())
+            before = self._values(self.scale, self.source.zero.float(), self.spec.num_slices)
             self.source.scale.copy_(self.scale * self.log_scale.exp())
             self.source.zero.copy_(self.zero)
             self.source.slices.copy_(pack(self._codes_near(before), self.spec))
 
-    def _values(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return ``W_E`` in groups, float32 [N, groups, G]."""
-        codes = self.codes.view(*scale.shape, self.spec.group).float()
-        step, centre = affine_at(scale, zero, self.spec, self.spec.num_slices)
-        return (codes - centre.unsqueeze(-1)) * step.unsqueeze(-1)
+    def _values(self, scale: Tensor, zero: Tensor, count: int) -> Tensor:
+        """Return ``W_count`` in groups, float32 [N, groups, G]."""
+        codes = self.codes >> (self.spec.total_bits - self.spec.bits(count))
+        step, centre = affine_at(scale, zero, self.spec, count)
+        return (codes.view(*scale.shape, self.spec.group).float() - centre.unsqueeze(-1)) * step.unsqueeze(-1)
 
     def _codes_near(self, wanted: Tensor) -> Tensor:
         """Return the codes uint8 [N, K_padded] that come nearest to weights with all slices; the held ones stay.
