@@ -29,15 +29,36 @@ def target_of(device: torch.device) -> Target:
 
 @cache
 def prepare_kernel(
-    spec: SliceSpec, k: int, target: Target, activation: Activation, *, route: bool, quantize: bool
+    spec: SliceSpec,
+    k: int,
+    target: Target,
+    activation: Activation,
+    *,
+    route: bool,
+    quantize: bool,
+    hidden: int = 0,
+    long: bool = False,
 ) -> Kernel:
-    """Return the kernel that chooses slice counts, writes activations in fixed point, or both."""
-    from mobiquant_compiler.codegen import cache, configs
+    """Return the kernel that chooses slice counts, writes activations in fixed point, or both.
 
-    one = configs.TokenClass.ONE
+    Counts are chosen by a trained router of `hidden` units where there are any; calls of more than `PREFILL_TOKENS`
+    tokens are `long`.
+    """
+    from mobiquant_compiler.codegen import cache, configs, toolchain
+
     return cache.load(
         configs.kernel_spec(
-            Family.ROUTE_QUANTIZE, spec, k, one, target, activation=activation, route=route, quantize=quantize
+            Family.ROUTE_QUANTIZE,
+            spec,
+            k,
+            configs.TokenClass.ONE,
+            target,
+            activation=activation,
+            route=route,
+            quantize=quantize,
+            hidden=hidden,
+            long=long,
+            emulate=toolchain.interpreting(),
         )
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ class Launch:
         bias_dtype: Dtype of the bias, None where there is none.
         parts: Linears.
         activation: Fixed-point width of activations.
+        hidden: Hidden units of the trained router that chooses slice counts, 0 of a data-free one.
     """
 
     spec: SliceSpec
@@ -47,6 +48,7 @@ class Launch:
     bias_dtype: torch.dtype | None = None
     parts: int = 1
     activation: Activation = Activation.A16
+    hidden: int = 0
 
 
 def launches_of(
@@ -113,6 +115,7 @@ def _alone(linear: MobiLinear, bias: torch.dtype | None, activation: Activation 
         linear.scale.dtype,
         bias,
         activation=activation or Activation(linear.activation),
+        hidden=linear.router.hidden_units,
     )
 
 
@@ -124,9 +127,7 @@ def _together(members: Sequence[Launch]) -> Iterator[Launch]:
         kinds = {(m.device, m.x_dtype, m.scale_dtype, m.bias_dtype) for m in part}
         if len(part) == 1 or len(kinds) > 1:
             continue
-        rows = sum(m.n for m in part)
-        facts = (first.device, first.x_dtype, first.scale_dtype, first.bias_dtype)
-        yield Launch(first.spec, rows, first.k, *facts, parts=len(part), activation=first.activation)
+        yield replace(first, n=sum(m.n for m in part), parts=len(part))
 
 
 def kernels_of(
@@ -147,11 +148,14 @@ def kernels_of(
     from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
 
     spec, k, one = launch.spec, launch.k, TokenClass.ONE
-    first = {"route": True, "quantize": False}
-    found = [kernel_spec(Family.ROUTE_QUANTIZE, router_spec(spec.num_slices), k, one, target, **first)]
-    for route in (True, False):
-        facts = {"activation": launch.activation, "route": route}
-        found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts))
+    found: list[KernelSpec] = []
+    first = {"hidden": launch.hidden, "emulate": emulate}
+    alone = router_spec(spec.num_slices)
+    for long in (False, True) if workspace else (False,):
+        found.append(kernel_spec(Family.ROUTE_QUANTIZE, alone, k, one, target, quantize=False, long=long, **first))
+        for route in (True, False):
+            facts = {"activation": launch.activation, "route": route, "long": long}
+            found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts, **first))
     for count in tokens:
         facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
         found.append(kernel_spec(Family.SLICED_MMA, spec, k, count, target, n=launch.n, emulate=emulate, **facts))

@@ -104,6 +104,11 @@ class Router(_KeepsDtype):
         """What the score function is given."""
         return [getattr(self, name) for name in SCORE_TENSORS[self.kind]]
 
+    @property
+    def hidden_units(self) -> int:
+        """How many hidden units the network has, 0 where there is none."""
+        return self.hidden.shape[0] if self.kind == "mlp" else 0
+
     def learn(self, network: Sequence[Tensor]) -> None:
         """Become a trained router: take hidden [H, K + 2], hidden_bias [H], out [E - 1, H], out_bias [E - 1]."""
         for name, tensor in zip(SCORE_TENSORS["mlp"][2:], network, strict=True):

@@ -172,7 +172,9 @@ class KernelSpec:
         parts: PARTS, weights that one launch multiplies by.
         route: ROUTE, choose slice counts (route_quantize).
         quantize: QUANTIZE, write activations in fixed point (route_quantize).
-        block_m: BLOCK_M, tokens per tile: 1, blocks of eight, or at most 256 (sliced_wgmma).
+        hidden: HIDDEN, hidden units of a trained router, 0 for a data-free one (route_quantize).
+        block_m: BLOCK_M, tokens per tile: 1, blocks of eight, or at most 256 (sliced_wgmma); tokens that a program
+            routes (route_quantize).
         block_n: BLOCK_N, output rows per tile.
         block_w: BLOCK_W, columns per step; tiles of tokens that share their activations in the L2 cache (sliced_wgmma).
         block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
@@ -181,7 +183,8 @@ class KernelSpec:
         num_stages: NUM_STAGES, of the pipeline of the loop over columns.
         row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
-        prefetch: PREFETCH, columns of the base slice to bring into the L2 cache while waiting for the kernel before.
+        prefetch: PREFETCH, columns of the base slice, or of a trained router, to bring into the L2 cache while waiting
+            for the kernel before.
         max_registers: Registers a thread may use, 0 for as many as the compiler likes.
         sorted_rows: SORTED_ROWS, tokens are grouped by slice count: every count in use is written (dequantize).
         emulate: EMULATE, spell out in tensors what is inline assembly elsewhere (the interpreter runs none).
@@ -197,6 +200,7 @@ class KernelSpec:
     parts: int = 1
     route: bool = False
     quantize: bool = False
+    hidden: int = 0
     block_m: int = 1
     block_n: int = 1
     block_w: int = 32
@@ -219,6 +223,8 @@ class KernelSpec:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
+        if self.hidden < 0:
+            raise BadKernelSpec(family=self.family, name="hidden", got=self.hidden, wanted="at least 0")
         if self.num_stages < 1:
             raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
         if not 1 <= self.parts <= MAX_SIBLINGS:
@@ -232,6 +238,7 @@ class KernelSpec:
         flags = ("route", "quantize", "overlap", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
+        network = f"_h{self.hidden}" if self.hidden else ""
         early = f"_prefetch{self.prefetch}" if self.prefetch else ""
         limit = f"max{self.max_registers}" if self.max_registers else ""
         limit += f"u{self.row_unit}" if self.row_unit > 1 else ""
@@ -240,7 +247,7 @@ class KernelSpec:
         tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"
         columns = f"of{self.columns}" if self.columns not in (0, self.k) else ""
         weight = f"s{widths}_g{self.group}_k{self.k}{columns}_{self.layout}"
-        return f"{self.family}__{weight}_{self.activation}{parts}{marks}{early}_{tile}"
+        return f"{self.family}__{weight}_{self.activation}{parts}{network}{marks}{early}_{tile}"
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, for headers and reports."""

@@ -113,6 +113,7 @@ def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress)
                 parts=launch.parts,
                 max_tokens=max_tokens,
                 activation=launch.activation,
+                hidden=launch.hidden,
             )
             progress("kernels", done, len(launches))
     new = cache.loaded_kernels()[before:]

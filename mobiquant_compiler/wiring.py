@@ -22,9 +22,9 @@ from mobiquant_compiler.kernels import (
     gluon_refusal,
     multiply_kernel,
     prepare_kernel,
-    router_spec,
     target_of,
 )
+from mobiquant_compiler.routing import idle_router, prepare, route, routes
 from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -33,47 +33,6 @@ from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, S
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.cache import Kernel
     from mobiquant_compiler.codegen.crossover import Crossover
-
-KERNEL_ROUTERS = ("energy",)
-
-
-def _routes(x: Tensor, kind: str, prefill: Prefill) -> bool:
-    """Say whether a kernel routes; otherwise the reference does, which waits for nothing either where it is short."""
-    return kind in KERNEL_ROUTERS and not reference.uses_all_slices(x, prefill) and launch.takes(x)
-
-
-def route(
-    x: Tensor,
-    router: Sequence[Tensor],
-    thresholds: Tensor,
-    hist: Tensor,
-    mask: Tensor,
-    kind: str,
-    prefill: Prefill = Prefill.ROUTED,
-) -> Tensor:
-    """`reference.route` as one kernel; the reference where no token is looked at."""
-    if not _routes(x, kind, prefill):
-        return reference.route(x, router, thresholds, hist, mask, kind, prefill)
-    spec = router_spec(hist.numel())
-    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), Activation.A16, route=True, quantize=False)
-    return launch.prepare(kernel, x, router, thresholds, hist, mask).counts.view(x.shape[:-1])
-
-
-def prepare(
-    x: Tensor,
-    router: Sequence[Tensor],
-    thresholds: Tensor,
-    hist: Tensor,
-    mask: Tensor,
-    spec: SliceSpec,
-    activation: Activation = Activation.A16,
-) -> Prepared:
-    """Route and quantize tokens in one launch, for any number of linears that read them.
-
-    Shapes: x [..., K]; router energy float32 [K] and gain float32 [E - 1]; thresholds float32 [E - 1]; hist int64 [E].
-    """
-    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=True, quantize=True)
-    return launch.prepare(kernel, x, router, thresholds, hist, mask)
 
 
 def with_counts(prepared: Prepared, counts: Tensor) -> Prepared:
@@ -264,7 +223,7 @@ def elastic_linears(
 ) -> list[Tensor]:
     """`reference.elastic_linears`: two launches on the integer path, one to route and quantize, one to multiply."""
     n = max(weight.shape[1] for weight in slices)
-    if not _routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
+    if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
@@ -296,6 +255,7 @@ def warm_kernels(
     parts: int = 1,
     max_tokens: int | None = None,
     activation: Activation = Activation.A16,
+    hidden: int = 0,
 ) -> int:
     """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
 
@@ -312,6 +272,7 @@ def warm_kernels(
         parts: Weights of the launch.
         max_tokens: Leave out kernels for more tokens a call than this.
         activation: Fixed-point width of activations.
+        hidden: Hidden units of the trained router that the launch asks, 0 of a data-free one.
 
     Returns:
         How many kernels were run.
@@ -325,7 +286,7 @@ def warm_kernels(
     weights = [Weight(slices, scale, scale, bias)] * parts
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
     launched = sum(
-        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation)
+        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden)
         for tokens in calls
         if max_tokens is None or tokens <= max_tokens
     )
@@ -334,17 +295,19 @@ def warm_kernels(
     return launched
 
 
-def _warm_call(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, activation: Activation) -> int:
+def _warm_call(
+    weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, activation: Activation, hidden: int
+) -> int:
     """Run every kernel that a call of as many tokens as `x` has can run; returns how many."""
-    gain = torch.zeros(spec.num_slices - 1, device=x.device)
-    router = (torch.zeros(x.shape[-1], device=x.device), gain)
+    router, kind = idle_router(x.shape[-1], spec.num_slices, hidden, x.device)
+    limits = router[1]
     hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
     mask = torch.zeros(1, dtype=torch.int32, device=x.device)
-    counts = route(x, router, gain, hist, mask, KERNEL_ROUTERS[0])
+    counts = route(x, router, limits, hist, mask, kind)
     quantize = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
     launch.prepare(quantize, x, counts=counts)
     kernel = _multiply_kernel(weights, x.shape[0], n, x.shape[-1], spec, activation)
-    launch.multiply(kernel, prepare(x, router, gain, hist, mask, spec, activation), weights)
+    launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
     if x.shape[0] <= PREFILL_TOKENS:
         return 4
     ways = [Prefill.FULL] if x.is_cuda else []

@@ -33,7 +33,7 @@ COLUMNS = {
     "fits": "fits",
 }
 _TRITON_NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-_OF_A_SPEC = ("widths", "group", "layout", "k", "n", "bias", "parts")
+_OF_A_SPEC = ("widths", "group", "layout", "k", "n", "bias", "parts", "hidden")
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +55,7 @@ def emit(
     n: Annotated[int, typer.Option("--n", help="Output rows, of all weights of the launch together.")] = 4096,
     bias: Annotated[bool, typer.Option("--bias", help="Add a bias.")] = False,
     parts: Annotated[int, typer.Option(help="Weights that one launch multiplies by.")] = 1,
+    hidden: Annotated[int, typer.Option(help="Hidden units of a trained router; 0: a data-free one.")] = 0,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a call; 1 by default, with MODEL any number.")] = None,
     activation: Annotated[str | None, typer.Option(help="a16 or a8; a16 or the model's own by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of activations; bfloat16 or the model's own by default.")] = None,
@@ -70,7 +71,7 @@ def emit(
     if model is None:
         spec = (whole_numbers(widths, "--widths"), group, layout)
         sizes = (positive(n, "--n"), positive(k, "--k"), positive(parts, "--parts"))
-        launches = [_launch(spec, sizes, bias, dtype or "bfloat16", width or Activation.A16)]
+        launches = [_launch(spec, sizes, bias, dtype or "bfloat16", width or Activation.A16, hidden)]
         classes, workspace = classes or [1], True
     else:
         _refuse_spec(context)
@@ -124,7 +125,12 @@ def _refuse_spec(context: typer.Context) -> None:
 
 
 def _launch(
-    spec: tuple[tuple[int, ...], int, str], sizes: tuple[int, int, int], bias: bool, dtype: str, width: Activation
+    spec: tuple[tuple[int, ...], int, str],
+    sizes: tuple[int, int, int],
+    bias: bool,
+    dtype: str,
+    width: Activation,
+    hidden: int,
 ) -> Launch:
     import torch
 
@@ -133,10 +139,13 @@ def _launch(
     from mobiquant_compiler.spec import SliceSpec
 
     n, k, parts = sizes
+    if hidden < 0:
+        raise BadOption(where="command line", name="--hidden", got=hidden, wanted="at least 0")
     x = parse_dtype(dtype)
     weight = SliceSpec(*spec)  # type: ignore[arg-type]  # checks and converts the layout
     device = torch.device("cpu")
-    return Launch(weight, n, k, device, x, bias_dtype=x if bias else None, parts=parts, activation=width)
+    facts = {"bias_dtype": x if bias else None, "parts": parts, "activation": width, "hidden": hidden}
+    return Launch(weight, n, k, device, x, **facts)
 
 
 def _launches(source: str, dtype: str | None, width: Activation | None) -> Sequence[Launch]:

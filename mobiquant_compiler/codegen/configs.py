@@ -25,6 +25,10 @@ _SHARED_BYTES = {
 _OVERLAPS_FROM = 90  # compute capability of programmatic dependent launches
 _SCORED = 4096  # columns that a routing program has in flight at a time, at most
 _LONG = 8192  # columns above which a token gets wider programs: one of them reads all of it, to route
+_ROUTED_TOGETHER = 4  # tokens of a long call that a program routes by a network, whose weights it then reads once
+_FEW_COLUMNS = 1024  # up to which four warps are enough for that
+_NETWORK_REGISTERS = 128  # two programs of eight warps share a multiprocessor
+_ONE_PASS = 16  # hidden units that a pass over the columns sums, at most
 _FEW_ROWS = 8192  # below, programs are so few that all begin at once: their whole base slice is worth asking for early
 _WIDE_SLICES = 4  # with more slices than these a warp has no registers for more than eight tokens
 
@@ -111,7 +115,7 @@ _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side
 def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
-    - route_quantize: one float32 a warp for each group reduced.
+    - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over a block of eight tokens, twice while they change hands.
     - sliced_wgmma: stages of 128 columns of activations, or the tile of outputs on its way out; barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
@@ -122,7 +126,7 @@ def shared_bytes(spec: KernelSpec) -> int:
         return 4 * spec.block_n * spec.block_w
     if spec.family is Family.SLICED_WGMMA:
         return 2 * spec.block_m * max(128 * spec.num_stages, spec.block_n) + 1024
-    return 4 * spec.num_warps * max(32, spec.block_w // spec.group)
+    return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
 
 
 def fits(spec: KernelSpec, target: Target) -> bool:
@@ -165,22 +169,25 @@ def kernel_spec(
     parts: int = 1,
     route: bool = True,
     quantize: bool = True,
+    hidden: int = 0,
+    long: bool = False,
     sorted_rows: bool = True,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
 
-    The choice depends on nothing but the arguments, so that the same kernels can be warmed up ahead.
-
-    Options that a family does not have are left out of its spec. `n` is the number of output rows of all weights of a
-    launch together; what counts is whether there are few.
+    The choice depends on nothing but the arguments, so that the same kernels can be warmed up ahead. Options that a
+    family does not have are left out. Of `n`, the output rows of all weights of a launch, counts whether they are few;
+    `hidden` is the width of a trained router, and `long` calls have more than `PREFILL_TOKENS` tokens.
 
     Raises:
         KernelDoesNotFit: no tile fits the target.
     """
     assert family is not Family.SLICED_WGMMA, "wgmma_spec chooses it"
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
+    hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
+    early = _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
     specs = (
         KernelSpec(
             family=family,
@@ -193,6 +200,7 @@ def kernel_spec(
             parts=parts if mma else 1,
             route=route and first,
             quantize=quantize and first,
+            hidden=hidden,
             columns=k if first else 0,
             block_m=tile.block_m,
             block_n=tile.block_n,
@@ -200,12 +208,12 @@ def kernel_spec(
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
             overlap=overlap,
-            prefetch=_prefetched(weight, n, weight.padded(k), tokens) if overlap and mma else 0,
+            prefetch=early if overlap else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
-            emulate=emulate and mma,
+            emulate=emulate and (mma or hidden > 0),
         )
-        for tile in _tiles(family, weight, k, tokens)
+        for tile in ((_network_tile(weight, k, hidden, long),) if hidden > 0 else _tiles(family, weight, k, tokens))
     )
     return choose(tuple(specs), target)
 
@@ -221,6 +229,20 @@ def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tup
     if tokens is not TokenClass.ONE and weight.num_slices > _WIDE_SLICES:
         tokens = TokenClass.FEW
     return _TILES[family, tokens]
+
+
+def _network_tile(weight: SliceSpec, k: int, hidden: int, long: bool) -> Tile:
+    """Return the tile of a kernel that routes by a network; a step gives two columns to each thread.
+
+    One token has the loads of as many steps in flight as there are registers for: eight of one pass over the columns.
+    Of several tokens the sums take the registers, and an odd number of columns is loaded one by one. Triton takes
+    minutes for long steps inside the loop over passes.
+    """
+    warps = 4 if k <= _FEW_COLUMNS else 8
+    steps = 2 if long or k % 2 else 8 if hidden <= _ONE_PASS else 4
+    steps = min(steps, power_of_two(-(-k // (64 * warps))))
+    columns = min(256 * warps, power_of_two(weight.padded(k)))
+    return Tile(_ROUTED_TOGETHER if long else 1, 1, columns, warps, _NETWORK_REGISTERS, block_r=64 * warps * steps)
 
 
 def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:

@@ -125,18 +125,23 @@ def prefetch_line(ptr, mask, EMULATE: tl.constexpr):
         )
 
 
+@triton.constexpr_function
+def _butterfly(distance):
+    """Return the instruction that exchanges a register between lanes l and ``l ^ distance``."""
+    return f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+
+
 @triton.jit
-def from_two_lanes_away(value, EMULATE: tl.constexpr):
-    """Return the value of lane ``l ^ 2``; int32 [THREADS]."""
+def from_lanes_away(value, DISTANCE: tl.constexpr, EMULATE: tl.constexpr):
+    """Return the value of lane ``l ^ DISTANCE``, a power of two below 32; int32 or float32 [THREADS]."""
+    bits = value.to(tl.int32, bitcast=True)
     if EMULATE:
-        quad = tl.reshape(value, [value.shape[0] // 4, 2, 2])
-        both = tl.sum(quad, axis=1)
-        other = tl.reshape(both[:, None, :] - quad, value.shape)
+        pairs = tl.reshape(bits, [value.shape[0] // (2 * DISTANCE), 2, DISTANCE])
+        both = tl.sum(pairs, axis=1)
+        other = tl.reshape(both[:, None, :] - pairs, value.shape)
     else:
-        other = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
-        )
-    return other
+        other = tl.inline_asm_elementwise(_butterfly(DISTANCE), "=r,r", [bits], dtype=tl.int32, is_pure=False, pack=1)
+    return other.to(value.dtype, bitcast=True)
 
 
 @triton.jit
@@ -152,7 +157,7 @@ def split_between_groups(words, upper, HALF: tl.constexpr, EMULATE: tl.constexpr
     first = ()
     second = ()
     for j in tl.static_range(HALF):
-        got = from_two_lanes_away(tl.where(upper, words[j], words[HALF + j]), EMULATE)
+        got = from_lanes_away(tl.where(upper, words[j], words[HALF + j]), 2, EMULATE)
         first = first + (tl.where(upper, got, words[j]),)
         second = second + (tl.where(upper, words[HALF + j], got),)
     return first, second

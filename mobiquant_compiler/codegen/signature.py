@@ -24,6 +24,10 @@ class Dtypes:
 _FIXED = {
     "energy_ptr": "*fp32",
     "gain_ptr": "*fp32",
+    "hidden_ptr": "*fp16",
+    "hidden_bias_ptr": "*fp16",
+    "out_ptr": "*fp16",
+    "out_bias_ptr": "*fp16",
     "thresholds_ptr": "*fp32",
     "hist_ptr": "*i64",
     "mask_ptr": "*i32",

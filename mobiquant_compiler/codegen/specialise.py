@@ -16,7 +16,7 @@ from mobiquant_compiler.spec import Family, KernelSpec
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
 # Modules of jitted functions that templates call.
-_SHARED = ("fragments", "activations", "operands", "device", "scaling", "products", "chains", "tiles")
+_SHARED = ("fragments", "activations", "networks", "operands", "device", "scaling", "products", "chains", "tiles")
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
 
@@ -35,6 +35,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "PARTS": spec.parts,
         "ROUTE": spec.route,
         "QUANTIZE": spec.quantize,
+        "HIDDEN": spec.hidden,
         "OVERLAP": spec.overlap,
         "PREFETCH": spec.prefetch,
         "BLOCK_M": spec.block_m,
@@ -75,7 +76,7 @@ def specialise(spec: KernelSpec) -> str:
     """Return the source of the kernel that `spec` asks for.
 
     The result is a module with a header and the family's functions; parameters that are bound or no longer used are
-    gone, as are branches that cannot be taken.
+    gone, as are branches that cannot be taken and functions that nothing calls any more.
 
     Raises:
         BadKernelSpec: a `static_assert` of the template does not hold.
@@ -84,6 +85,7 @@ def specialise(spec: KernelSpec) -> str:
     tree = ast.parse(_source(path))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     tree = _Bind(spec, bindings(spec), functions).visit(tree)
+    _drop_unused_functions(tree, str(spec.family))
     _drop_unused_parameters(tree)
     ast.fix_missing_locations(tree)
     imports = [ast.unparse(n) for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
@@ -183,6 +185,19 @@ def _constant(node: ast.AST) -> Any:
         return None
     expression = ast.fix_missing_locations(ast.Expression(body=node))  # type: ignore[arg-type]
     return eval(compile(expression, "<template>", "eval"), {"__builtins__": {}})  # constants and operators only
+
+
+def _drop_unused_functions(tree: ast.Module, kernel: str) -> None:
+    """Take out functions that the kernel does not come to; functions stand before those that call them."""
+    used = {kernel}
+    kept: list[ast.stmt] = []
+    for node in reversed(tree.body):
+        if isinstance(node, ast.FunctionDef):
+            if node.name not in used:
+                continue
+            used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        kept.insert(0, node)
+    tree.body = kept
 
 
 def _drop_unused_parameters(tree: ast.Module) -> None:

@@ -131,12 +131,13 @@ def prepare(
     mask: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Prepared:
-    """Launch route_quantize: `reference.route` with ``kind="energy"``, activations in fixed point, or both.
+    """Launch route_quantize: `reference.route`, activations in fixed point, or both.
 
     Args:
         kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors.
         x: [..., K].
-        router: energy float32 [K], gain float32 [E - 1].
+        router: energy float32 [K], gain float32 [E - 1]; of a trained router also its network, float16 (see
+            `reference.mlp_scores`), of as many hidden units as the kernel has.
         thresholds: float32 [E - 1].
         hist: int64 [E], added to.
         mask: int32 [1 + capacity].
@@ -153,13 +154,18 @@ def prepare(
     low = bytes_[1] if halves == 2 else bytes_[:0]
     prepared = Prepared(counts.reshape(-1).contiguous(), high, low, affine, tuple(x.shape[:-1]), columns, x.dtype)
     if tokens:
-        energy, gain = router if spec.route else (None, None)
+        energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
+        programs = ceil_div(spec.k, spec.block_w) if spec.quantize else 0
         with _current(x):
             kernel.launch(
-                (tokens, int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)),
+                (tokens if spec.quantize else ceil_div(tokens, spec.block_m), int(spec.route) + programs),
                 x_ptr=aligned(_rows(x)),
                 energy_ptr=aligned(energy),
                 gain_ptr=_packed(gain),
+                hidden_ptr=aligned(hidden),
+                hidden_bias_ptr=_packed(hidden_bias),
+                out_ptr=_packed(out),
+                out_bias_ptr=_packed(out_bias),
                 thresholds_ptr=_packed(thresholds),
                 hist_ptr=hist,
                 mask_ptr=mask,

@@ -107,6 +107,7 @@ def test_either_half_of_the_first_kernel_can_stand_alone() -> None:
     assert found(quantize=False) == found() - bytes_
     assert found(route=False) == found() - routing
     assert found(activation=Activation.A8) == found() - {"low_ptr"}
+    assert found(hidden=12) == found() | {"hidden_ptr", "hidden_bias_ptr", "out_ptr", "out_bias_ptr"}
 
 
 def test_waiting_is_for_kernels_that_overlap() -> None:
@@ -125,6 +126,8 @@ def test_waiting_is_for_kernels_that_overlap() -> None:
         (MMA, {"block_n": 16, "num_warps": 16}, "2 to 8 warps share 16 rows"),
         (MMA, {"block_n": 128, "num_warps": 8}, "2 to 8 warps share 16 rows"),
         (FIRST, {"block_w": 64}, "a program quantizes whole groups"),
+        (FIRST, {"block_m": 4}, "a data-free router has a program for every token"),
+        (FIRST, {"hidden": 12, "block_r": 64}, "a step gives two columns to each thread"),
         (DEQUANTIZE, {"block_w": 64}, "a run has whole groups"),
     ],
 )
@@ -313,6 +316,7 @@ def test_names_differ_where_specs_differ() -> None:
         "parts": 2,
         "route": True,
         "quantize": True,
+        "hidden": 12,
         "block_m": 32,
         "block_n": 32,
         "block_w": 256,

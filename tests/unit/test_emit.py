@@ -93,6 +93,14 @@ class TestSpec:
         assert spec == kernel_spec(Family.SLICED_MMA, weight, 100, TokenClass.of(9), Target.of(80), **facts)
         assert (cc, dtypes.x, dtypes.scale) == (80, "fp16", "fp16")
 
+    def test_a_trained_router(self, run: Run, uncompiled: list[Any], tmp_path: Path) -> None:
+        assert run(tmp_path, *SMALL, "--family", "route_quantize", "--hidden", "12")[0] == 0
+        routing = [spec for spec, *_ in uncompiled if spec.route]
+        assert {(spec.hidden, spec.block_m, spec.quantize) for spec in routing} == {
+            (12, m, quantize) for m in (1, 4) for quantize in (False, True)
+        }
+        assert len(uncompiled) == len(routing) + 1
+
     @pytest.mark.usefixtures("uncompiled")
     def test_ptx_lies_beside(self, run: Run, tmp_path: Path) -> None:
         code, out, _ = run(tmp_path, *SMALL, "--family", "sliced_mma", "--ptx", "--json")
@@ -129,6 +137,7 @@ class TestSpec:
             (["--k", "0"], "'--k' got 0"),
             (["--n", "-1"], "'--n' got -1"),
             (["--tokens", "0"], "'--tokens' got 0"),
+            (["--hidden", "-1"], "'--hidden' got -1; wanted at least 0"),
             (["--parts", "5"], "parts got 5; wanted 1 to 4"),
             (["--activation", "a4"], "'activation' got 'a4'"),
             (["--dtype", "int8"], "'dtype' got 'int8'"),
@@ -174,7 +183,7 @@ class TestModel:
         assert {spec.activation for spec, *_ in uncompiled if spec.family is Family.SLICED_MMA} == {"a8"}
         assert {(dtypes.x, dtypes.scale) for _, _, dtypes in uncompiled} == {("bf16", "fp32")}
 
-    @pytest.mark.parametrize("option", [("--k", "64"), ("--widths", "2,2"), ("--bias",)], ids=str)
+    @pytest.mark.parametrize("option", [("--k", "64"), ("--widths", "2,2"), ("--bias",), ("--hidden", "3")], ids=str)
     def test_a_spec_beside_a_model_is_refused(self, run: Run, tmp_path: Path, option: tuple[str, ...]) -> None:
         code, _, err = run("smollm2", tmp_path / "out", *option)
         assert code == 2

@@ -81,6 +81,21 @@ def test_programs_route_a_token_or_quantize_some_columns(columns: int | None, pr
     assert found.shape == (3, 1)
 
 
+@pytest.mark.parametrize(("long", "quantize", "grid"), [(0, 0, (9, 1)), (0, 1, (9, 2)), (1, 0, (3, 1)), (1, 1, (9, 2))])
+def test_programs_that_route_by_a_network(long: int, quantize: int, grid: tuple[int, int]) -> None:
+    first = kernel(Family.ROUTE_QUANTIZE, hidden=5, long=bool(long), quantize=bool(quantize))
+    first_layer = torch.ones(5, K + 4).half()[:, 2:]
+    router = (torch.ones(K), torch.ones(1), first_layer, *(torch.ones(5).half(), torch.ones(1, 5).half()))
+    mask = torch.zeros(1, dtype=torch.int32)
+    launch.prepare(first, torch.ones(9, K), (*router, torch.ones(1).half()), torch.ones(1), mask.long(), mask)
+    ((found, arguments),) = first.launches
+    assert found == grid, "one routes four tokens of a long call"
+    assert torch.equal(arguments["hidden_ptr"], first_layer)
+    assert arguments["hidden_ptr"].is_contiguous()
+    assert arguments["hidden_ptr"].data_ptr() % 16 == 0
+    assert arguments["out_bias_ptr"].shape == (1,)
+
+
 def test_routing_alone_takes_no_memory_for_activations() -> None:
     first = kernel(Family.ROUTE_QUANTIZE, quantize=False)
     mask = torch.zeros(1, dtype=torch.int32)

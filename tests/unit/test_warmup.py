@@ -68,6 +68,15 @@ class TestLaunches:
         told = launches_of(model, "test", activation=Activation.A16)
         assert {launch.activation for launch in told} == {Activation.A16}
 
+    def test_the_width_of_a_trained_router_is_known(self) -> None:
+        model = siblings(3)
+        network = (torch.zeros(5, 66), torch.zeros(5), torch.zeros(3, 5), torch.zeros(3))
+        model[0].router.learn(network)
+        found = launches_of(model, "test")
+        assert facts(found) == {(8, 64, 1, False), (24, 64, 3, False)}
+        assert {launch.hidden for launch in found} == {5}
+        assert {launch.hidden for launch in launches_of(siblings(3), "test")} == {0}
+
     def test_more_siblings_than_a_launch_takes(self) -> None:
         model = siblings(7)
         assert facts(launches_of(model, "test")) == {(8, 64, 1, False), (32, 64, 4, False), (24, 64, 3, False)}
@@ -142,6 +151,17 @@ class TestKernels:
         assert [s.family for s in found].count(Family.SLICED_MMA) == 1
         assert Family.DEQUANTIZE not in {s.family for s in found}
 
+    def test_trained_routers_have_kernels_for_short_calls_and_for_long_ones(self) -> None:
+        trained = replace(self.LAUNCH, hidden=12)
+        short = kernels_of(trained, H100, [TokenClass.ONE], workspace=False)
+        routing = [s for s in short if s.route]
+        assert {(s.hidden, s.block_m, s.quantize) for s in routing} == {(12, 1, False), (12, 1, True)}
+        assert set(short) - set(routing) <= set(kernels_of(self.LAUNCH, H100, TokenClass, workspace=True))
+        long = [s for s in kernels_of(trained, H100, TokenClass, workspace=True) if s.route]
+        assert {(s.hidden, s.block_m, s.quantize) for s in long} == {
+            (12, m, quantize) for m in (1, 4) for quantize in (False, True)
+        }
+
     def test_width_of_activations(self) -> None:
         found = kernels_of(replace(self.LAUNCH, activation=Activation.A8), H100, TokenClass, workspace=False)
         assert {s.activation for s in found if s.quantize or s.family is Family.SLICED_MMA} == {Activation.A8}
@@ -187,7 +207,7 @@ class TestWarmup:
         args, kwargs = warmed[-1]
         assert args == (SPEC, 192, 64, torch.float32, GPU)
         wanted = {"scale_dtype": torch.float16, "bias_dtype": None, "parts": 2, "max_tokens": 16}
-        assert kwargs == wanted | {"activation": Activation.A16}
+        assert kwargs == wanted | {"activation": Activation.A16, "hidden": 0}
         assert str(report).startswith("5 kinds of launches, 5 new kernels, 15 new binaries in ")
         assert report.to_dict()["files"][0] == "kernel1"
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import activations
+from mobiquant_compiler.codegen import activations, networks
 
 
 @triton.jit
@@ -33,17 +33,12 @@ def fixed_point(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def choose(error, token, limits, masked, hist_ptr, mask_ptr, counts_ptr, NUM_SLICES: tl.constexpr):
-    """Turn a token's predicted error into its slice count, and count it unless it is padding."""
-    used = error == error
-    count = 1
-    for index in tl.static_range(NUM_SLICES - 1):
-        # Nested: a slice is used only where the one before it is. NaN compares false and leaves the base slice.
-        used = used & (error * limits[2 * index] >= limits[2 * index + 1])
-        count += used.to(tl.int32)
-    tl.store(counts_ptr + token, count)
-    real = tl.load(mask_ptr + 1 + token, mask=masked, other=1)
-    tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=real != 0, sem="relaxed")
+def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr):
+    """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there."""
+    there = token < tokens
+    tl.store(counts_ptr + token, count, mask=there)
+    real = tl.load(mask_ptr + 1 + token, mask=masked & there, other=1)
+    tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=there & (real != 0), sem="relaxed")
 
 
 @triton.jit
@@ -72,22 +67,96 @@ def route_token(
         limits = limits + (tl.load(gain_ptr + index), tl.load(thresholds_ptr + index))
     # The mask speaks only for calls of as many tokens as it describes; others are counted whole.
     masked = (tl.load(mask_ptr) == tokens) & (tokens < capacity)
+    x_ptr += token.to(tl.int64) * COLUMNS
     errors = tl.zeros([BLOCK_R], tl.float32)
     for start in tl.static_range(0, COLUMNS, BLOCK_R):
         offs_k = start + tl.arange(0, BLOCK_R)
         inside = offs_k < COLUMNS
         x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
         errors += x * x * tl.load(energy_ptr + offs_k, mask=inside, other=0.0)
-    choose(
-        error=tl.sum(errors, axis=0),
+    error = tl.sum(errors, axis=0)
+    used = error == error
+    count = 1
+    for index in tl.static_range(NUM_SLICES - 1):
+        # Nested: a slice is used only where the one before it is. NaN compares false and leaves the base slice.
+        used = used & (error * limits[2 * index] >= limits[2 * index + 1])
+        count += used.to(tl.int32)
+    record(
+        count=count,
         token=token,
-        limits=limits,
+        tokens=tokens,
         masked=masked,
         hist_ptr=hist_ptr,
         mask_ptr=mask_ptr,
         counts_ptr=counts_ptr,
-        NUM_SLICES=NUM_SLICES,
     )
+
+
+@triton.jit
+def route_by_network(
+    x_ptr,
+    energy_ptr,
+    gain_ptr,
+    hidden_ptr,
+    hidden_bias_ptr,
+    out_ptr,
+    out_bias_ptr,
+    thresholds_ptr,
+    hist_ptr,
+    mask_ptr,
+    counts_ptr,
+    token,
+    tokens,
+    capacity,
+    NUM_SLICES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Score BLOCK_M tokens by a trained router and choose their slice counts.
+
+    A token's sums have one order, that of `networks`, whatever BLOCK_M is and whatever else the kernel does.
+    """
+    tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
+    tl.static_assert(HIDDEN == 0 or BLOCK_R % (64 * NUM_WARPS) == 0, "a step gives two columns to each thread")
+    offs_e = tl.arange(0, networks.places_of(NUM_SLICES - 1))
+    real = offs_e < NUM_SLICES - 1
+    gain = tl.load(gain_ptr + offs_e, mask=real, other=0.0)
+    limit = tl.load(thresholds_ptr + offs_e, mask=real, other=0.0)
+    out_bias = tl.load(out_bias_ptr + offs_e, mask=real, other=0.0).to(tl.float32)
+    masked = (tl.load(mask_ptr) == tokens) & (tokens < capacity)
+    facts, corrections = networks.predict(
+        x_ptr,
+        energy_ptr,
+        hidden_ptr,
+        hidden_bias_ptr,
+        out_ptr,
+        token,
+        tokens,
+        COLUMNS,
+        HIDDEN,
+        NUM_SLICES - 1,
+        BLOCK_M,
+        BLOCK_R,
+        NUM_WARPS,
+        EMULATE,
+    )
+    for m in tl.static_range(BLOCK_M):
+        scores = facts[4 * m] * gain * networks.factors(corrections[m] + out_bias)
+        # Nested: a slice is used only where the one before it is, so the first unused one decides.
+        used = real & (scores >= limit)
+        record(
+            count=tl.min(tl.where(used, NUM_SLICES, offs_e + 1), axis=0),
+            token=token + m,
+            tokens=tokens,
+            masked=masked,
+            hist_ptr=hist_ptr,
+            mask_ptr=mask_ptr,
+            counts_ptr=counts_ptr,
+        )
 
 
 @triton.jit
@@ -106,7 +175,13 @@ def quantize_columns(
     BLOCK_W: tl.constexpr,
 ):
     """Write BLOCK_W columns of one token in fixed point."""
+    tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
+    tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
+    tl.static_assert(BLOCK_W % GROUP == 0, "a program quantizes whole groups")
+    tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
+    tl.static_assert(COLUMNS >= 1 and COLUMNS <= K_PADDED, "there are columns, no more than padded ones")
     GROUPS: tl.constexpr = K_PADDED // GROUP
+    x_ptr += token.to(tl.int64) * COLUMNS
     blocks = tl.cdiv(tokens, 8)
     offs_g = first_group + tl.arange(0, BLOCK_W // GROUP)
     in_g = offs_g < GROUPS
@@ -126,11 +201,32 @@ def quantize_columns(
     tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
 
 
+@triton.jit
+def begin(
+    first,
+    energy_ptr,
+    hidden_ptr,
+    COLUMNS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Let the next kernel begin, ask for a network where one program does for all, and wait for the kernel before."""
+    gdc_launch_dependents()
+    if PREFETCH > 0:  # noqa: SIM102  (known when the kernel is made, unlike the next)
+        if first:
+            networks.prefetch_network(energy_ptr, hidden_ptr, COLUMNS, HIDDEN, NUM_WARPS)
+    gdc_wait()
+
+
 # One variant for every call: a token count of 1 or 16 must not compile anew inside a graph capture. Launches see to it
 # that what is specialised, pointers to columns, is always aligned.
 @triton.jit(
     do_not_specialize=(
         "gain_ptr",
+        "hidden_bias_ptr",
+        "out_ptr",
+        "out_bias_ptr",
         "thresholds_ptr",
         "hist_ptr",
         "mask_ptr",
@@ -143,6 +239,10 @@ def route_quantize(
     x_ptr,
     energy_ptr,
     gain_ptr,
+    hidden_ptr,
+    hidden_bias_ptr,
+    out_ptr,
+    out_bias_ptr,
     thresholds_ptr,
     hist_ptr,
     mask_ptr,
@@ -159,38 +259,68 @@ def route_quantize(
     ACTIVATION: tl.constexpr,
     ROUTE: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
-    The first program of a token routes, each other one quantizes BLOCK_W of its columns.
+    The first program of token i routes it, or by a trained router BLOCK_M tokens from ``i BLOCK_M`` on; each other one
+    quantizes BLOCK_W of its columns.
 
-    Shapes: x [T, COLUMNS]; energy [COLUMNS] and gain [E - 1] float32; thresholds float32 [E - 1]; hist int64 [E]; mask
-        int32 [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes
-        and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers),
-        written in the order of `activations.activation_places`. Grid: (T, programs of a token), the latter one with
-        ROUTE and K_PADDED / BLOCK_W, rounded up, with QUANTIZE.
-        Columns from COLUMNS on are written as zero.
-    Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`. Scores in float32; the order of
-        their sum over columns differs from the reference's.
-    Source: design section 5 and 7; `reference.energy_scores`, `reference.record`.
+    Shapes: x [T, COLUMNS]; energy [COLUMNS], gain and thresholds [E - 1] float32; of a trained router hidden [HIDDEN,
+        COLUMNS + 2], hidden_bias [HIDDEN], out [E - 1, HIDDEN], out_bias [E - 1] float16; hist int64 [E]; mask int32
+        [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes and
+        affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers), in
+        the order of `activations.activation_places`, zero from COLUMNS on. Grid: (T, or with ROUTE alone T / BLOCK_M;
+        one with ROUTE and K_PADDED / BLOCK_W with QUANTIZE), rounded up.
+    Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
+    Source: design section 5 and 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
-    tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
-    tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
-    tl.static_assert(BLOCK_W % GROUP == 0, "a program quantizes whole groups")
-    tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
-    tl.static_assert(COLUMNS >= 1 and COLUMNS <= K_PADDED, "there are columns, no more than padded ones")
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
-
     token = tl.program_id(0)
     part = tl.program_id(1)
-    x_ptr += token.to(tl.int64) * COLUMNS
-    if ROUTE:
+    if OVERLAP:
+        begin(
+            first=token + part == 0,
+            energy_ptr=energy_ptr,
+            hidden_ptr=hidden_ptr,
+            COLUMNS=COLUMNS,
+            HIDDEN=HIDDEN,
+            NUM_WARPS=NUM_WARPS,
+            PREFETCH=PREFETCH,
+        )
+    if ROUTE and HIDDEN > 0:  # noqa: SIM102  (known when the kernel is made, unlike the next)
+        if (part == 0) & (token * BLOCK_M < tokens):
+            route_by_network(
+                x_ptr=x_ptr,
+                energy_ptr=energy_ptr,
+                gain_ptr=gain_ptr,
+                hidden_ptr=hidden_ptr,
+                hidden_bias_ptr=hidden_bias_ptr,
+                out_ptr=out_ptr,
+                out_bias_ptr=out_bias_ptr,
+                thresholds_ptr=thresholds_ptr,
+                hist_ptr=hist_ptr,
+                mask_ptr=mask_ptr,
+                counts_ptr=counts_ptr,
+                token=token * BLOCK_M,
+                tokens=tokens,
+                capacity=capacity,
+                NUM_SLICES=NUM_SLICES,
+                COLUMNS=COLUMNS,
+                HIDDEN=HIDDEN,
+                BLOCK_M=BLOCK_M,
+                BLOCK_R=BLOCK_R,
+                NUM_WARPS=NUM_WARPS,
+                EMULATE=EMULATE,
+            )
+    if ROUTE and HIDDEN == 0:  # noqa: SIM102
         if part == 0:
             route_token(
                 x_ptr=x_ptr,
@@ -207,8 +337,9 @@ def route_quantize(
                 COLUMNS=COLUMNS,
                 BLOCK_R=BLOCK_R,
             )
+    if ROUTE:
         part -= 1
-    if QUANTIZE:  # noqa: SIM102  (known when the kernel is made, unlike the next)
+    if QUANTIZE:  # noqa: SIM102
         if part >= 0:
             quantize_columns(
                 x_ptr=x_ptr,

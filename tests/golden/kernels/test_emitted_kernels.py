@@ -30,6 +30,8 @@ KERNELS = {
     "route": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), quantize=False),
     "quantize_a8": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), route=False, activation=Activation.A8),
     "route_and_quantize": kernel(Family.ROUTE_QUANTIZE, SliceSpec()),
+    "route_by_network": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), quantize=False, hidden=12),
+    "route_by_network_and_quantize": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), hidden=12, long=True),
     "one_token": kernel(Family.SLICED_MMA, SliceSpec()),
     "one_token_planes_bias": kernel(Family.SLICED_MMA, PLANES, has_bias=True),
     "many_tokens_siblings": kernel(Family.SLICED_MMA, SliceSpec(), 8, parts=3),
