@@ -22,7 +22,17 @@ import linear_summary
 import record
 import torch
 from linear_bandwidth import bandwidths
-from linear_ours import SMALL_BATCH, Case, Measured, Weights, cases, measure_case, measure_prepare, traffic
+from linear_ours import (
+    SMALL_BATCH,
+    TRAINED_WIDTH,
+    Case,
+    Measured,
+    Weights,
+    cases,
+    measure_case,
+    measure_prepare,
+    traffic,
+)
 from linear_rivals import BUILDERS, Rival, measure_rival, tune_gemlite
 from linear_warm import jobs, warm_all
 
@@ -201,15 +211,20 @@ class Benchmark:
         return row
 
     def _prepare(self, group: Group, x: torch.Tensor) -> None:
-        """Measure route and quantize alone, once for each number of columns, and how much of it a chain hides."""
+        """Measure route and quantize alone, once for each number of columns, and how much of it a chain hides.
+
+        ``trained_us`` is the same with a trained router of `TRAINED_WIDTH` hidden units.
+        """
         n, k, tokens = group
         if tokens not in PREPARE_TOKENS or any((e["k"], e["tokens"]) == (k, tokens) for e in self.prepare):
             return
         weights, error = self._build("slice_major", n, k)
-        timing = None
+        timing = trained = None
         if weights is not None:
-            timing, error = attempt(("prepare", group), measure_prepare, weights, x)
+            found, error = attempt(("prepare", group), measure_prepare, weights, x)
+            timing, trained = found or (None, None)
         entry = {"k": k, "tokens": tokens, "time_us": timing and round(timing.median_us, 3), "n": n}
+        entry |= {"trained_us": trained and round(trained.median_us, 3), "trained_width": TRAINED_WIDTH}
         same = linear_summary.find(self.rows, n=n, k=k, tokens=tokens, slices=2, counts="uniform", activation="a16")
         times = [(r["total_us"], r["time_us"]) for r in same if r["layout"] == "slice_major" and r["time_us"]]
         entry["added_us"] = round(times[0][0] - times[0][1], 3) if times else None

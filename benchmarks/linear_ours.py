@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from linear_timing import Call, Sample, Timing, check, copies_for, l2_bytes, measure
+from linear_timing import Call, Sample, Timing, WrongResult, check, copies_for, l2_bytes, measure
 from torch import Tensor
 
 from mobiquant_compiler import reference, wiring
@@ -20,6 +20,7 @@ SMALL_BATCH = 64  # up to here the multiplication is also timed alone, on prepar
 A8_TOKENS = BIT_MAJOR_TOKENS = (1, 8)
 BIT_MAJOR_SHAPE = (4096, 4096)
 PREFILL_SHARES = (0.4, 0.3, 0.2, 0.1)  # of tokens that use 1, 2, 3 and 4 slices: 2 on average
+TRAINED_WIDTH = 12  # hidden units of the trained router, those of a calibration's default
 TOLERANCES = {"a16": 1e-2, "a8": 3e-2}
 
 
@@ -92,6 +93,9 @@ class Weights:
         clones = [(first[0].clone(), first[1].clone(), first[2].clone()) for _ in range(count - 1)]
         self.copies = [first, *clones]
         self.router = (torch.rand(k, device=device), 4.0 ** -torch.arange(spec.num_slices - 1, device=device))
+        units, scores = TRAINED_WIDTH, spec.num_slices - 1
+        shapes = ((units, k + 2), (units,), (scores, units), (scores,))
+        self.network = tuple(torch.randn(shape, device=device).div(shape[-1] ** 0.5).half() for shape in shapes)
         self.hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=device)
         self.mask = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -102,12 +106,16 @@ class Weights:
         """Return as many copies as it takes to find none cached when `slices` of each are read."""
         return self.copies[: self._needed(slices)]
 
-    def prepare(self, x: Tensor, case: Case) -> Callable[[], Any]:
-        """Return route and quantize as a call; its thresholds give every token `case.slices`."""
+    def prepare(self, x: Tensor, case: Case, *, trained: bool = False) -> Callable[[], Any]:
+        """Return route and quantize as a call, by a data-free router or a trained one.
+
+        Its thresholds give every token `case.slices`.
+        """
         order = torch.arange(1, self.spec.num_slices, device=self.device)
         thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
-        return lambda: wiring.prepare(x, self.router, thresholds, self.hist, self.mask, self.spec, activation)
+        router = (*self.router, *self.network) if trained else self.router
+        return lambda: wiring.prepare(x, router, thresholds, self.hist, self.mask, self.spec, activation)
 
     def expected(self, x: Tensor, counts: Tensor, sample: Sample) -> Tensor:
         """Return the float64 result of the sampled tokens and output rows."""
@@ -170,6 +178,14 @@ def measure_case(weights: Weights, case: Case, x: Tensor) -> Measured:
     return Measured(timing, total, path, error, float(counts.double().mean()))
 
 
-def measure_prepare(weights: Weights, x: Tensor) -> Timing:
-    """Time route and quantize alone."""
-    return measure([weights.prepare(x, Case(2))] * 16, x.device)
+def measure_prepare(weights: Weights, x: Tensor) -> tuple[Timing, Timing]:
+    """Time route and quantize alone, by a data-free router and by a trained one.
+
+    Raises:
+        WrongResult: a trained router's thresholds are not followed.
+    """
+    trained = weights.prepare(x, Case(2), trained=True)
+    wrong = int((trained().counts != 2).sum())
+    if wrong:
+        raise WrongResult(f"{wrong} of {x.shape[0]} tokens have another slice count than the thresholds say")
+    return measure([weights.prepare(x, Case(2))] * 16, x.device), measure([trained] * 16, x.device)

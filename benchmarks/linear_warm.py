@@ -52,7 +52,7 @@ def warm(job: Job, slices: Sequence[int]) -> float:
 
 
 def _warm_ours(job: Job, slices: Sequence[int], device: torch.device) -> None:
-    from linear_ours import Weights, calls_of, cases, counts_of
+    from linear_ours import SMALL_BATCH, Case, Weights, calls_of, cases, counts_of
 
     weights: dict[str, Weights] = {}
     for tokens in job.tokens:
@@ -63,6 +63,8 @@ def _warm_ours(job: Job, slices: Sequence[int], device: torch.device) -> None:
             alone, whole, _ = calls_of(weights[case.layout], case, x, counts_of(case, tokens, device))
             alone[0]()
             whole[0]()
+        if tokens <= SMALL_BATCH:
+            weights["slice_major"].prepare(x, Case(2), trained=True)()
 
 
 def _warm_rival(job: Job, device: torch.device) -> None:

@@ -27,7 +27,7 @@ _SCORED = 4096  # columns that a routing program has in flight at a time, at mos
 _LONG = 8192  # columns above which a token gets wider programs: one of them reads all of it, to route
 _ROUTED_TOGETHER = 4  # tokens of a long call that a program routes by a network, whose weights it then reads once
 _FEW_COLUMNS = 1024  # up to which four warps are enough for that
-_NETWORK_REGISTERS = 128  # two programs of eight warps share a multiprocessor
+_NETWORK_REGISTERS = {4: 168, 8: 128}  # by warps: three programs and two share a multiprocessor
 _ONE_PASS = 16  # hidden units that a pass over the columns sums, at most
 _FEW_ROWS = 8192  # below, programs are so few that all begin at once: their whole base slice is worth asking for early
 _WIDE_SLICES = 4  # with more slices than these a warp has no registers for more than eight tokens
@@ -242,7 +242,9 @@ def _network_tile(weight: SliceSpec, k: int, hidden: int, long: bool) -> Tile:
     steps = 2 if long or k % 2 else 8 if hidden <= _ONE_PASS else 4
     steps = min(steps, power_of_two(-(-k // (64 * warps))))
     columns = min(256 * warps, power_of_two(weight.padded(k)))
-    return Tile(_ROUTED_TOGETHER if long else 1, 1, columns, warps, _NETWORK_REGISTERS, block_r=64 * warps * steps)
+    return Tile(
+        _ROUTED_TOGETHER if long else 1, 1, columns, warps, _NETWORK_REGISTERS[warps], block_r=64 * warps * steps
+    )
 
 
 def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:

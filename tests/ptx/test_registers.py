@@ -103,6 +103,19 @@ def test_registers_stay_within_the_limit_of_the_table(tokens: int, cc: int, cuob
     assert int(re.search(r"STACK:(\d+)", usage)[1]) <= (128 if tokens <= 8 else 512)
 
 
+@pytest.mark.parametrize("cc", [80, 90, 100])
+@pytest.mark.parametrize("k", [576, 4096, 14336])
+@pytest.mark.parametrize(("hidden", "long"), [(12, False), (12, True), (16, False)])
+def test_networks_keep_their_sums_in_registers(hidden: int, long: bool, k: int, cc: int, cuobjdump: str) -> None:
+    options = {"hidden": hidden, "long": long}
+    spec = kernel_spec(Family.ROUTE_QUANTIZE, SliceSpec(), k, TokenClass.of(1), Target.of(cc), **options)
+    usage = disassembled(spec, cc, cuobjdump, "-res-usage")
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= spec.max_registers
+    assert 65536 // (spec.max_registers * 32 * spec.num_warps) >= 2, "two programs share a multiprocessor"
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
+    assert spilled <= (32 if long and cc == 100 else 0), "eight values of pairs that sm_100 adds together"
+
+
 @pytest.mark.parametrize("k", [576, 4096, 8192])
 @pytest.mark.parametrize("family", [Family.ROUTE_QUANTIZE, Family.DEQUANTIZE])
 def test_kernels_that_only_move_data_spill_nothing(family: Family, k: int, cuobjdump: str) -> None:

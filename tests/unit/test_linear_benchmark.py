@@ -31,7 +31,8 @@ class Wiring:
     wrong = 0.0
 
     def prepare(self, x, router, thresholds, hist, mask, spec, activation):
-        return SimpleNamespace(x=x, counts=reference.route(x, router, thresholds, hist, mask, "energy"))
+        kind = "energy" if len(router) == 2 else "mlp"
+        return SimpleNamespace(x=x, counts=reference.route(x, router, thresholds, hist, mask, kind))
 
     def with_counts(self, prepared, counts):
         return SimpleNamespace(x=prepared.x, counts=counts)
@@ -146,6 +147,7 @@ class TestRun:
         (full,) = linear_summary.find(result["rows"], tokens=256, counts="full")
         assert full["time_us"] == full["total_us"]
         assert [(e["k"], e["tokens"]) for e in result["prepare"]] == [(256, 1), (256, 8)]
+        assert all(e["trained_us"] > 0 and e["trained_width"] == 12 for e in result["prepare"])
         assert result["prepare"][0]["hidden_us"] == pytest.approx(
             result["prepare"][0]["time_us"] - result["prepare"][0]["added_us"], abs=0.01
         )
@@ -166,6 +168,18 @@ class TestRun:
             assert row["time_us"] is row["total_us"] is row["bandwidth_tb_s"] is None
             assert row["bf16_us"] > 0
         assert {row["met"] for row in result["summary"]} == {None}
+
+    def test_a_trained_router_that_is_not_followed_has_no_time(self, tmp_path, monkeypatch, wiring):
+        route = reference.route
+
+        def wrong(x, router, thresholds, hist, mask, kind):
+            counts = route(x, router, thresholds, hist, mask, kind)
+            return counts if kind == "energy" else counts + 1
+
+        monkeypatch.setattr(reference, "route", wrong)
+        (entry,) = run(tmp_path, monkeypatch, "--tokens", "8", "--slices", "2", "--methods", "ours")["prepare"]
+        assert entry["error"].startswith("WrongResult: 8 of 8 tokens")
+        assert entry["time_us"] is entry["trained_us"] is None
 
     def test_a_lost_device_ends_the_run_and_keeps_what_there_is(self, tmp_path, monkeypatch, wiring):
         def lose(*args: Any) -> None:

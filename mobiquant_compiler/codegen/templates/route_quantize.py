@@ -120,7 +120,6 @@ def route_by_network(
 
     A token's sums have one order, that of `networks`, whatever BLOCK_M is and whatever else the kernel does.
     """
-    tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
     tl.static_assert(HIDDEN == 0 or BLOCK_R % (64 * NUM_WARPS) == 0, "a step gives two columns to each thread")
     offs_e = tl.arange(0, networks.places_of(NUM_SLICES - 1))
     real = offs_e < NUM_SLICES - 1
@@ -270,8 +269,7 @@ def route_quantize(
 ):
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
-    The first program of token i routes it, or by a trained router BLOCK_M tokens from ``i BLOCK_M`` on; each other one
-    quantizes BLOCK_W of its columns.
+    Program 0 of token i routes (by a network BLOCK_M tokens from ``i BLOCK_M`` on); others quantize BLOCK_W columns.
 
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain and thresholds [E - 1] float32; of a trained router hidden [HIDDEN,
         COLUMNS + 2], hidden_bias [HIDDEN], out [E - 1, HIDDEN], out_bias [E - 1] float16; hist int64 [E]; mask int32
@@ -283,6 +281,7 @@ def route_quantize(
     Source: design section 5 and 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
+    tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
     token = tl.program_id(0)
     part = tl.program_id(1)
     if OVERLAP:
