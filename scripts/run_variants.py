@@ -8,16 +8,18 @@ Without torch's caching every tensor is an allocation of its own, so that a read
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mobiquant_compiler import wiring
+from mobiquant_compiler import reference, wiring
 from mobiquant_compiler.runtime import prefill
 from mobiquant_compiler.spec import Activation, Prefill
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
+from tests.network_cases import integer_network
 
 ROWS, COLUMNS = 35, 200  # no multiple of a tile, no multiple of a group
 
@@ -56,6 +58,7 @@ def routing_and_prefill(device: str) -> list[str]:
     wiring.route(case.x, router, router[1], hist, mask, "energy")
     wiring.prepare(case.x, router, router[1], hist, mask, spec)
     wrong = [] if int(hist.sum()) == 140 else [f"histogram counted {int(hist.sum())} tokens, not 140"]
+    wrong += trained_routers(device)
     if prefill.supports(case.x, 40, 256) is None:
         weight = [wiring.Weight(*case.arguments[2:])]
         for how in (Prefill.ROUTED, Prefill.FULL):
@@ -64,6 +67,20 @@ def routing_and_prefill(device: str) -> list[str]:
             error = (y.double() - case.expected()).norm() / case.expected().norm()
             wrong += [] if float(error) < 1e-2 else [f"workspace, {how}: relative error {float(error):.1e}"]
     return wrong + fused_prefill(device)
+
+
+def trained_routers(device: str) -> list[str]:
+    """Route by networks: even and odd columns, one pass and several, one token a program and four."""
+    wrong = []
+    for (k, hidden), tokens in product(((256, 12), (201, 5), (1100, 40)), (1, 9, 67)):
+        router, x = integer_network(k, 4, hidden, device=device), torch.ones(tokens, k, device=device)
+        mask, hist = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+        limits = reference.mlp_scores(x, router)[0] * torch.tensor([1.0, 1.0, 1.5], device=device)
+        counts = wiring.route(x, router, limits, hist, mask, "mlp")
+        beside = wiring.prepare(x, router, limits, hist, mask, SPECS[0]).counts
+        if counts.tolist() != [3] * tokens or not torch.equal(counts, beside):
+            wrong.append(f"trained router, {k} columns, {hidden} units, {tokens} tokens: not three slices each")
+    return wrong
 
 
 def fused_prefill(device: str) -> list[str]:
