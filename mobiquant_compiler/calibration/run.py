@@ -168,6 +168,7 @@ def _prepare(
     tokens = check_tokens(tokens).to(next(model.parameters()).device)
     loss, progress = loss or next_token_loss, progress or (lambda stage, done, total: None)
     inputs = shared_inputs(model, linears, tokens[:1, :32], loss)
+    Chain(model, blocks, tokens[:1, :32], loss)  # refuses blocks that are none
     groups = inputs if slices.scope == "input" else [[name] for name in linears]
     for group in groups:
         group_limits(group, slices)

@@ -173,6 +173,16 @@ def test_models_that_cannot_be_calibrated_are_left_alone():
     assert not elastic_linears(model)
 
 
+def test_blocks_that_are_no_chain_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    model, stages = tiny_lm(), []
+    model.layers[1].register_forward_pre_hook(lambda block, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(NoBlocks, match="block 1 is not fed the output of the block before"):
+        mq.calibrate_(model, TOKENS, CODES, state=tmp_path, progress=lambda stage, *_: stages.append(stage))
+    assert not stages
+    assert not list(tmp_path.iterdir())
+    assert not elastic_linears(model)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
