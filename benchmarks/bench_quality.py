@@ -7,6 +7,7 @@ DIR holds ``wikitext2/``, ``ptb/`` and ``c4/``. Data-free slices come from the w
 (WikiText-2's train head) serves the router. With --calibrate the slices are chosen on it too (`calibrate_`), once; all
 routers of the ablation then work on the same slices, so their rows differ in routing alone. STATE keeps what is done.
 Round to nearest, HQQ and GPTQ are measured beside them, each tuned for one width (`mobiquant_compiler.baselines`).
+With --follow thresholds follow what tokens use (`follow_budget`), text by text and budget by budget; rows say so.
 With --jobs N the slices are calibrated first, then N methods are measured at a time: one of them leaves most of a GPU,
 and most of its time, to others.
 The unquantized model is measured in the same run. SmolLM2 here is the dequantized Q4_1 model, not the original bf16
@@ -92,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="methods measured at a time, with --calibrate")
     parser.add_argument("--steps", type=int, default=mq.CalibrationConfig().tune_steps)
     parser.add_argument("--state", type=Path, help="directory of the calibration's finished steps")
+    parser.add_argument("--follow", action="store_true", help="thresholds follow telemetry, where there is a router")
     parser.add_argument("--eager", action="store_true", help="without our backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", action="store_true", help="keep rows that --out holds of methods not measured now")
@@ -105,7 +107,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def row_of(name: str, text: str, method: str, budget: float | None, bits: float | None, value: float) -> dict[str, Any]:
+def row_of(
+    name: str, text: str, method: str, budget: float | None, bits: float | None, value: float, **more: Any
+) -> dict[str, Any]:
     """Return one row of the result, and say it."""
     print(f"{text}, {method}: {value:.3f}" + ("" if bits is None else f" at {bits:.3f} of {budget:g} bits"), flush=True)
     return {
@@ -115,16 +119,17 @@ def row_of(name: str, text: str, method: str, budget: float | None, bits: float 
         "budget": budget,
         "achieved_bits": bits,
         "perplexity": value,
+        **more,
     }
 
 
 def routed_rows(
-    model: Any, windows: dict[str, torch.Tensor], name: str, method: str, budgets: Sequence[float]
+    model: Any, windows: dict[str, torch.Tensor], name: str, method: str, budgets: Sequence[float], follow: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a routed model on every text."""
     for text, ids in windows.items():
-        for row in evaluate(model, ids, budgets, batch=4):
-            yield row_of(name, text, method, row.budget, row.achieved_bits, row.perplexity)
+        for row in evaluate(model, ids, budgets, batch=4, follow=follow):
+            yield row_of(name, text, method, row.budget, row.achieved_bits, row.perplexity, followed=row.followed)
 
 
 def static_rows(
@@ -143,7 +148,8 @@ def static_rows(
             linear.router.thresholds.fill_(-torch.inf)[count - 1 :] = torch.inf
         achieved = float((bits[counts - 1] * params).sum() / params.sum())
         for text, ids in windows.items():
-            yield row_of(name, text, method, budget, achieved, perplexity(model, ids, batch=4))
+            value = perplexity(model, ids, batch=4)
+            yield row_of(name, text, method, budget, achieved, value, followed=False)
 
 
 def costs_of(state: Path, model: Any) -> Costs:
@@ -213,7 +219,8 @@ def calibrated_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], 
             yield from static_rows(runner, windows, args.model, NAMES[method], args.budgets, costs)
         else:
             fine = args.fine_budgets if method == "trained-input" else ()
-            yield from routed_rows(runner, windows, args.model, NAMES[method], (*args.budgets, *fine))
+            budgets = (*args.budgets, *fine)
+            yield from routed_rows(runner, windows, args.model, NAMES[method], budgets, args.follow)
 
 
 def data_free_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], notes: dict[str, Any]) -> Iterator[Any]:
@@ -226,7 +233,7 @@ def data_free_rows(args: argparse.Namespace, windows: dict[str, torch.Tensor], n
     print(mq.quantize_(model, config, calibration=tokens), flush=True)
     notes |= {"config": config.to_dict(), "quantize_seconds": round(time.perf_counter() - start, 1)}
     runner = model if args.eager else torch.compile(model, backend="mobiquant")
-    yield from routed_rows(runner, windows, args.model, DATA_FREE, args.budgets)
+    yield from routed_rows(runner, windows, args.model, DATA_FREE, args.budgets, args.follow)
 
 
 def group_of(args: argparse.Namespace) -> int | str:

@@ -23,6 +23,7 @@ from mobiquant_compiler.calibration import CalibrationConfig, calibrate_
 from mobiquant_compiler.config import CompileConfig, SliceConfig
 from mobiquant_compiler.errors import MobiQuantError
 from mobiquant_compiler.execution import set_execution
+from mobiquant_compiler.following import BudgetFollower, follow_budget
 from mobiquant_compiler.linear import MobiLinear
 from mobiquant_compiler.quantize import quantize_
 from mobiquant_compiler.report import Coverage, Skip, SkipReason
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AchievedBits",
+    "BudgetFollower",
     "CalibrationConfig",
     "CompileConfig",
     "Coverage",
@@ -53,6 +55,7 @@ __all__ = [
     "budget",
     "calibrate_",
     "execution_paths",
+    "follow_budget",
     "get_budget",
     "load",
     "load_into",

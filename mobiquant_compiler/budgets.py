@@ -26,7 +26,8 @@ def linears_of(model: nn.Module, where: str) -> dict[str, MobiLinear]:
     return bound
 
 
-def _states(linears: dict[str, MobiLinear]) -> list[BudgetState]:
+def states_of(linears: dict[str, MobiLinear]) -> list[BudgetState]:
+    """Return the budget states of linears; those that have none get one of all slices."""
     loose = [r for r in telemetry.routers_of(linears) if r.state is None]
     if loose:
         BudgetState(loose)
@@ -44,7 +45,7 @@ def set_budget(model: nn.Module, bits: float) -> None:
         NotElastic: the model has no elastic linear.
         BudgetOutOfRange: names the range; nothing is changed.
     """
-    states = _states(linears_of(model, "set_budget"))
+    states = states_of(linears_of(model, "set_budget"))
     for state in states:
         state.check(bits)
     for state in states:
@@ -63,13 +64,13 @@ def set_initial_budget(inputs: Sequence[object], bits: float | None) -> None:
 
 def get_budget(model: nn.Module) -> float:
     """Return the budget in force (of the first group of linears that share one)."""
-    return _states(linears_of(model, "get_budget"))[0].budget
+    return states_of(linears_of(model, "get_budget"))[0].budget
 
 
 @contextmanager
 def budget(model: nn.Module, bits: float) -> Iterator[None]:
     """Run a block at another budget, then return to the one before."""
-    states = _states(linears_of(model, "budget"))
+    states = states_of(linears_of(model, "budget"))
     before = [state.budget for state in states]
     set_budget(model, bits)
     try:

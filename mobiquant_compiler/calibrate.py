@@ -179,7 +179,7 @@ def measure_table(
             progress("budget table", step + 1, len(anchors))
     state.set(before)
     for router in state.routers:
-        router.hist.zero_()
+        router.reset()
     return _table(measured)
 
 

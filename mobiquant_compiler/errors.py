@@ -124,6 +124,24 @@ class NotElastic(BudgetError):
     )
 
 
+class AlreadyFollowed(BudgetError):
+    message = (
+        "follow_budget: thresholds of {model} already follow a budget ({got} bits); wanted one follower a model. "
+        "Call close() on it, or leave its block, first."
+    )
+
+
+class FollowingEnded(BudgetError):
+    message = "{where}: this follower of {model} was closed; call mobiquant_compiler.follow_budget(model) anew."
+
+
+class FullPrefill(BudgetError):
+    message = (
+        "follow_budget: {where} has prefill={got!r}, so long calls use all slices whatever the thresholds; wanted "
+        "{wanted}. Call set_execution(model, prefill={wanted!r}) first, or leave the thresholds to the table."
+    )
+
+
 class MaskTooLong(BudgetError):
     message = (
         "padding_mask: the mask has {got} tokens; at most {wanted} can be told apart. Measure with smaller batches."

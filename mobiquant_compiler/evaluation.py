@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from mobiquant_compiler.budgets import achieved_bits, budget, reset_telemetry
 from mobiquant_compiler.errors import BadOption, EmptyBatch, TextMissing, TextTooShort
+from mobiquant_compiler.following import BudgetFollower, follow_budget
 from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime.telemetry import AchievedBits
 
@@ -138,6 +140,7 @@ class EvalRow:
         perplexity: Of the next token.
         tokens: How many were scored.
         seconds: Wall clock, compilation included where this row caused it.
+        followed: Whether thresholds followed what tokens used (`follow_budget`).
     """
 
     budget: float | None
@@ -145,6 +148,7 @@ class EvalRow:
     perplexity: float
     tokens: int
     seconds: float
+    followed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -164,6 +168,7 @@ def perplexity(
     *,
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    follower: BudgetFollower | None = None,
 ) -> float:
     """Return ``exp`` of the mean negative log-likelihood of every token of every window but its first.
 
@@ -172,6 +177,7 @@ def perplexity(
         windows: Ids [count, length].
         batch: Windows a call; the last call may have fewer.
         progress: Called with windows done and total.
+        follower: Of `model`; updated after each call.
 
     Raises:
         EmptyBatch: nothing to score.
@@ -186,6 +192,8 @@ def perplexity(
             logits = logits_of(model, ids)
             for row, targets in zip(logits, ids, strict=True):  # one window at a time: float32 logits are large
                 total += float(cross_entropy(row[:-1].float(), targets[1:], reduction="sum"))
+            if follower:
+                follower.update()
             if progress:
                 progress(min(start + batch, len(windows)), len(windows))
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
@@ -198,6 +206,7 @@ def evaluate(
     *,
     batch: int = 1,
     progress: Progress | None = None,
+    follow: bool = False,
 ) -> Iterable[EvalRow]:
     """Yield a row a budget, or one row without budgets for a model as it is.
 
@@ -207,6 +216,7 @@ def evaluate(
         budgets: Average weight bits.
         batch: Windows a call.
         progress: Called with stage, done, total.
+        follow: Let thresholds follow what tokens use (`follow_budget`); the rows say where they could.
 
     Raises:
         BudgetError: before anything is measured at that budget.
@@ -219,12 +229,14 @@ def evaluate(
         yield EvalRow(None, None, value, scored, time.perf_counter() - start)
     for bits in budgets:
         stage = f"perplexity at {bits:g} bits"
-        with budget(model, bits):
+        with follow_budget(model, bits) if follow else budget(model, bits) as follower:
             reset_telemetry(model)
             start = time.perf_counter()
-            value = perplexity(model, windows, batch=batch, progress=lambda d, t, s=stage: report(s, d, t))
+            said = partial(report, stage)
+            value = perplexity(model, windows, batch=batch, progress=said, follower=follower)
             seconds = time.perf_counter() - start
-            yield EvalRow(bits, achieved_bits(model).total, value, scored, seconds)
+            followed = follower is not None and follower.follows
+            yield EvalRow(bits, achieved_bits(model).total, value, scored, seconds, followed)
 
 
 def used_bytes(model: nn.Module, achieved: AchievedBits) -> float:

@@ -63,6 +63,7 @@ class Router(_KeepsDtype):
         thresholds: float32 [E - 1]; ``-inf`` forces a slice, ``inf`` forbids it, by a ceiling and at every budget.
             Written by `set_budget` only.
         hist: int64 [E], tokens seen by slice count (telemetry).
+        resets: How often `hist` was set to zero, so that who reads differences of it knows.
         hidden, hidden_bias, out, out_bias: float16 network of a trained router (`reference.mlp_scores`), absent else.
         kind: Which score function (`reference.SCORES`).
         widths: Slice widths.
@@ -90,6 +91,7 @@ class Router(_KeepsDtype):
         self.floor, self.ceiling = 1, len(widths)
         self.params = 0
         self.state: Any = None
+        self.resets = 0
         self.token_mask = token_mask or TokenMask().to(energy.device)
         device = energy.device
         self.register_buffer("energy", energy.to(torch.float32))
@@ -114,6 +116,11 @@ class Router(_KeepsDtype):
         for name, tensor in zip(SCORE_TENSORS["mlp"][2:], network, strict=True):
             self.register_buffer(name, tensor.detach().to(self.energy.device, torch.float16))
         self.kind, self.measured = "mlp", True
+
+    def reset(self) -> None:
+        """Forget how many tokens were seen."""
+        self.hist.zero_()
+        self.resets += 1
 
     def bits_by_count(self) -> Tensor:
         """Return the weight bits of each slice count, float64 [E]."""

@@ -4,8 +4,9 @@
     (drawn)
     <!-- end table -->
 
-``list=summary`` draws another list of the file than its rows. ``--check`` writes nothing and exits 1 where a
-document differs from its results.
+``list=summary`` draws another list of the file than its rows. ``<!-- ablation: h100/quality.json -->`` draws one row a
+text and budget, a column a way to route (`ABLATION`) that the file has rows of. ``--check`` writes nothing and exits 1
+where a document differs from its results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+=\S+)*) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (table|ablation): (\S+)((?: \S+=\S+)*) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+ABLATION = {  # method in the rows of bench_quality.py -> heading
+    "calibrated slices, one count for all": "no routing: one count for all",
+    "calibrated slices, best static count per linear": "best static count per linear",
+    "calibrated slices, energy router per linear": "data-free router, per linear",
+    "calibrated slices, energy router per input": "data-free router, per input",
+    "calibrated slices, trained router per linear": "trained router, per linear",
+    "calibrated slices, trained router per input": "trained router, per input",
+}
 
 
 def documents() -> list[Path]:
@@ -50,6 +59,43 @@ def draw(result: Mapping[str, Any], columns: Sequence[str], wanted: Mapping[str,
         raise ValueError(f"no row has {', '.join(missing)} where {dict(wanted)}")
     lines = [" | ".join(c.replace("_", " ") for c in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(row.get(c)) for c in columns) for row in rows]
+    return _with_origin(lines, result)
+
+
+def draw_ablation(result: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
+    """Return perplexities by text, budget and way to route, with the bits that they took.
+
+    Budgets of fewer than two ways compare nothing and are left out, as are ways without rows.
+
+    Raises:
+        ValueError: nothing is left, or two rows are of one cell.
+    """
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["method"] not in ABLATION or any(str(row.get(key)) != value for key, value in wanted.items()):
+            continue
+        found = cells.setdefault((row["text"], row["budget"]), {})
+        if row["method"] in found:
+            raise ValueError(
+                f"two rows of {row['method']} at {row['budget']} on {row['text']}; say which, by key=value"
+            )
+        found[row["method"]] = f"{cell(row['perplexity'])} ({row['achieved_bits']:.2f})"
+    cells = {key: found for key, found in cells.items() if len(found) > 1}
+    methods = [method for method in ABLATION if any(method in found for found in cells.values())]
+    if not cells:
+        raise ValueError(f"no two ways to route are at one budget where {dict(wanted)}")
+    texts = list(dict.fromkeys(text for text, _ in cells))
+    lines = [
+        " | ".join(("text", "budget", *(ABLATION[m] for m in methods))),
+        " | ".join("---" for _ in (0, 0, *methods)),
+    ]
+    for text, budget in sorted(cells, key=lambda key: (texts.index(key[0]), -key[1])):
+        found = cells[text, budget]
+        lines.append(" | ".join((text, cell(budget), *(found.get(m, "-") for m in methods))))
+    return _with_origin(lines, result)
+
+
+def _with_origin(lines: Sequence[str], result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     where = f"{result['device']}; {versions}; commit {result['commit'][:10]}, {result['date']}"
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n<sub>{where}</sub>\n"
@@ -59,13 +105,15 @@ def redraw(text: str, results: Path = RESULTS) -> str:
     """Return a document with every marked table drawn anew."""
 
     def replace(found: re.Match[str]) -> str:
-        options = dict(item.split("=", 1) for item in found[3].split())
+        options = dict(item.split("=", 1) for item in found[4].split())
+        result = json.loads((results / found[3]).read_text(encoding="utf-8"))
+        if found[2] == "ablation":
+            return found[1] + draw_ablation(result, options) + found[6]
         columns = options.pop("columns").split(",")
         of, order = options.pop("list", "rows"), options.pop("sort", None)
-        result = json.loads((results / found[2]).read_text(encoding="utf-8"))
         if order is not None:
             result[of].sort(key=lambda row: row[order])
-        return found[1] + draw(result, columns, options, of) + found[5]
+        return found[1] + draw(result, columns, options, of) + found[6]
 
     return MARKED.sub(replace, text)
 

@@ -36,6 +36,7 @@ class QualityRow:
         implementation: Who computed the weights; None for the unquantized model.
         ratio: Perplexity over that of `reference`, None where there is none.
         reference: "unquantized", or "all slices" where no unquantized model was measured.
+        followed: Whether thresholds followed what tokens used (`follow_budget`).
     """
 
     method: str
@@ -47,6 +48,7 @@ class QualityRow:
     implementation: str | None = None
     ratio: float | None = None
     reference: str | None = None
+    followed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -74,11 +76,18 @@ def plain_rows(
 
 
 def elastic_rows(
-    model: nn.Module, windows: Tensor, budgets: Sequence[float], *, batch: int = 1, progress: Progress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    budgets: Sequence[float],
+    *,
+    batch: int = 1,
+    progress: Progress | None = None,
+    follow: bool = False,
 ) -> Iterator[QualityRow]:
     """Yield a row a budget; arguments and errors as of `evaluation.evaluate`."""
-    for row in evaluate(model, windows, budgets, batch=batch, progress=progress):
-        yield QualityRow(ELASTIC, row.budget, row.achieved_bits, row.perplexity, row.tokens, row.seconds, OURS)
+    for row in evaluate(model, windows, budgets, batch=batch, progress=progress, follow=follow):
+        measured = (row.achieved_bits, row.perplexity, row.tokens, row.seconds)
+        yield QualityRow(ELASTIC, row.budget, *measured, OURS, followed=row.followed)
 
 
 def greatest_budget(model: nn.Module) -> float:

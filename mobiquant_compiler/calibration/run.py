@@ -279,7 +279,7 @@ def _propagating(run: _Run, names: Sequence[str]) -> Iterator[None]:
     yield
     for router in routers:
         router.thresholds.fill_(-torch.inf)
-        router.hist.zero_()
+        router.reset()
 
 
 def _block_codes(

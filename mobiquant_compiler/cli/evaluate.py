@@ -26,6 +26,7 @@ TEXT_HELP = "A file (*.raw WikiText, ptb*.txt, *.jsonl C4, others plain) or 'pyd
 AGAINST_HELP = "Static methods to measure in the same run, of rtn,hqq,gptq."
 REFERENCE_HELP = "The unquantized model, where MODEL is a checkpoint; for --against and the warnings."
 CALIBRATION_HELP = "Text for gptq and for slicing a plain MODEL: a file, 'pydoc-calibration', or 'none'."
+FOLLOW_HELP = "Let thresholds follow what tokens use, so that achieved bits meet the budget on any text."
 RATIO_HELP = "Warn of budgets whose perplexity is above this many times the unquantized one; 0 never warns."
 COLUMNS = {
     "method": "method",
@@ -35,6 +36,7 @@ COLUMNS = {
     "ratio": "times reference",
     "tokens": "tokens",
     "seconds": "seconds",
+    "followed": "followed",
     "implementation": "implementation",
 }
 
@@ -59,6 +61,7 @@ class Plan:
         compile: Compile the elastic model.
         warn_ratio: See `RATIO_HELP`.
         slicing: How a plain model is sliced.
+        follow: See `FOLLOW_HELP`.
     """
 
     model: str
@@ -71,6 +74,7 @@ class Plan:
     compile: bool
     warn_ratio: float
     slicing: Slicing
+    follow: bool = False
 
     def check(self) -> None:
         """Refuse mistakes before anything is loaded.
@@ -110,6 +114,7 @@ def evaluate(
     group: Annotated[str, typer.Option(help="auto, 128, 64 or 32 columns a scale, of both.")] = "auto",
     warn_ratio: Annotated[float, typer.Option(help=RATIO_HELP)] = 1.25,
     compile_: Annotated[bool, typer.Option("--compile/--eager", help="Compile with our backend.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help=FOLLOW_HELP)] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -123,8 +128,8 @@ def evaluate(
         positive(value, option)
     methods, widths = names(against), whole_numbers(against_bits, "--against-bits")
     slicing = Slicing(calibration, calibration_windows, length, group)
-    elastic = bool(wanted or methods or compile_)
-    plan = Plan(model, reference, methods, widths, wanted, elastic, batch, compile_, warn_ratio, slicing)
+    elastic = bool(wanted or methods or compile_ or follow)
+    plan = Plan(model, reference, methods, widths, wanted, elastic, batch, compile_, warn_ratio, slicing, follow)
     plan.check()
     with progress() as report:
         loaded = load(model, device, dtype, report)
@@ -132,7 +137,8 @@ def evaluate(
         plain = load(reference, str(loaded.device), dtype, report) if reference else None
         rows = measure(plan, loaded, plain, tokens, report)
     listed = [{"model": model, "text": text, **row.to_dict()} for row in rows]
-    columns = COLUMNS if methods else {key: name for key, name in COLUMNS.items() if key != "implementation"}
+    unasked = {name for name, asked in (("implementation", methods), ("followed", follow)) if not asked}
+    columns = {key: name for key, name in COLUMNS.items() if key not in unasked}
     show(listed, columns, as_json=as_json, title=f"{model} on {text}: {windows} windows of {length}")
     warn(rows, warn_ratio)
 
@@ -164,7 +170,7 @@ def measure(plan: Plan, loaded: Loaded, plain: Loaded | None, tokens: Any, repor
     plan.slicing.apply(loaded, plan.model, report)
     budgets = pick_budgets(loaded.model, plan.budgets)
     runner = compiled(loaded.model) if plan.compile else loaded.model
-    found = list(quality.elastic_rows(runner, tokens, budgets, batch=plan.batch, progress=report))
+    found = list(quality.elastic_rows(runner, tokens, budgets, batch=plan.batch, progress=report, follow=plan.follow))
     reference = rows[0] if rows else _all_slices(plan, loaded.model, runner, found, tokens, report)
     return quality.with_ratios([*rows, *found], reference) if reference else found
 

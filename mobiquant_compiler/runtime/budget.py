@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,13 @@ QUANTILES = 257  # points kept of each router's score distribution
 
 
 class BudgetTable(Protocol):
-    """Turns a budget into the thresholds of every router."""
+    """Turns a budget into the thresholds of every router.
+
+    Attributes:
+        measured: Whether thresholds are scores that tokens meet or do not; else no token chooses anything.
+    """
+
+    measured: ClassVar[bool]
 
     def thresholds(self, routers: Sequence[Router], budget: float) -> Tensor:
         """Return float32 [R, E - 1] for `budget` bits, before floors and ceilings."""
@@ -52,6 +58,8 @@ class StaticTable:
     Scores mean nothing before they were measured, so the budget is met exactly by counts per linear: all linears
     climb one slice after the other, spread evenly over the depth of the model.
     """
+
+    measured: ClassVar[bool] = False
 
     def thresholds(self, routers: Sequence[Router], budget: float) -> Tensor:
         """See `BudgetTable.thresholds`; entries are ``-inf`` (use) or ``inf`` (do not)."""
@@ -87,6 +95,8 @@ class CalibratedTable:
             [A, R, E - 1, Q], of the least score up to each slice, where routers are trained.
     """
 
+    measured: ClassVar[bool] = True
+
     anchors: Tensor
     quantiles: Tensor
     _curves: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -100,7 +110,9 @@ class CalibratedTable:
 
     def _curve(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
         """Return the threshold grid [P] (log, falling) and the mean bits at each point [A, P] (rising)."""
-        key = tuple((r.floor, r.ceiling, r.params, *r.gain.tolist()) for r in routers)
+        # One read of the device, not one a router.
+        gains = torch.stack([r.gain.to(routers[0].gain.device) for r in routers]).tolist()
+        key = tuple((r.floor, r.ceiling, r.params, *gain) for r, gain in zip(routers, gains, strict=True))
         if key not in self._curves:
             self._curves[key] = self._measure(routers)
         return self._curves[key]
@@ -157,14 +169,19 @@ def _interpolate(points: Tensor, values: Tensor, at: float) -> Tensor:
 
 
 class BudgetState:
-    """The routers that share one budget, their table, and the budget in force."""
+    """The routers that share one budget, their table, and the budget in force.
+
+    Attributes:
+        budget: What users asked for.
+        aim: The budget whose thresholds are written: the same, or what `steer` put in its place.
+    """
 
     def __init__(self, routers: Sequence[Router], table: BudgetTable | None = None) -> None:
         self.routers = list(routers)
         self.table: BudgetTable = table or StaticTable()
         for router in self.routers:
             router.state = self
-        self.budget = self.range[1]
+        self.budget = self.aim = self.range[1]
         _LIVE.add(self)
 
     @property
@@ -188,11 +205,27 @@ class BudgetState:
         """
         self.check(budget)
         with _LOCK:
-            low, high = self.range
-            values = self._thresholds(budget, low, high)
-            for router, row in zip(self.routers, values, strict=True):
-                router.thresholds.copy_(row)
-            self.budget = float(budget)
+            self._write(float(budget))
+            self.budget = self.aim
+
+    def steer(self, aim: float, budget: float) -> None:
+        """Write the thresholds of another budget while the one in force stays `budget`; nothing if it no longer is.
+
+        Raises:
+            BudgetOutOfRange: nothing is changed then.
+        """
+        self.check(aim)
+        with _LOCK:
+            if self.budget == budget:
+                self._write(aim)
+
+    def _write(self, aim: float) -> None:
+        low, high = self.range
+        values = self._thresholds(aim, low, high)
+        moved = {device: values.to(device) for device in {r.thresholds.device for r in self.routers}}
+        for number, router in enumerate(self.routers):
+            router.thresholds.copy_(moved[router.thresholds.device][number])
+        self.aim = aim
 
     def _thresholds(self, budget: float, low: float, high: float) -> Tensor:
         forced, usable = _allowed(self.routers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import MaskTooLong
@@ -37,12 +38,26 @@ class AchievedBits:
 
 def achieved(linears: Mapping[str, MobiLinear]) -> AchievedBits:
     """Average the slice counts that the routers of `linears` recorded since the last `reset`."""
+    return average(linears, read(routers_of(linears)))
+
+
+def read(routers: Sequence[Router]) -> dict[Router, Tensor]:
+    """Return the slice counts that routers recorded, float64 [E] each, by one read of the device."""
+    if not routers:
+        return {}
+    device = routers[0].hist.device
+    together = torch.cat([router.hist.to(device) for router in routers]).cpu().double()
+    return dict(zip(routers, together.split([len(router.widths) for router in routers]), strict=True))
+
+
+def average(linears: Mapping[str, MobiLinear], counts: Mapping[Router, Tensor]) -> AchievedBits:
+    """Average slice counts, float64 [E] a router, over linears."""
     layers: dict[str, float] = {}
     bits = params = 0.0
     seen_by: dict[bool, int] = {True: 0, False: 0}
     shared = Counter(id(linear.router) for linear in linears.values())
     for name, linear in linears.items():
-        hist = linear.router.hist.double().cpu()
+        hist = counts[linear.router]
         seen = float(hist.sum())
         if not seen:
             layers[name] = float("nan")
@@ -63,7 +78,7 @@ def routers_of(linears: Mapping[str, MobiLinear]) -> list[Router]:
 def reset(linears: Mapping[str, MobiLinear]) -> None:
     """Forget what was recorded."""
     for router in routers_of(linears):
-        router.hist.zero_()
+        router.reset()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def measured(where: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_side_by_side_as_one_after_another(where: Path) -> None:
-    options = ("--texts", "wikitext2", "ptb", "--methods", *METHODS, "--static-bits", "4")
+    options = ("--texts", "wikitext2", "ptb", "--methods", *METHODS, "--static-bits", "4", "--follow")
     one = measured(where, "--state", str(where / "state-a"), *options)
     two = measured(where, "--state", str(where / "state-b"), *options, "--jobs", "3")
     for found in (one, two):
@@ -52,6 +52,11 @@ def test_side_by_side_as_one_after_another(where: Path) -> None:
     rows = [{(r["text"], r["method"], r["budget"]): r for r in found["rows"]} for found in (one, two)]
     assert len(rows[0]) == 2 * (1 + 2 + 2 + 2 + 1 + 1)
     assert rows[0] == rows[1]
+    told = {row["method"]: row.get("followed") for row in one["rows"]}
+    assert told.pop("calibrated slices, trained router per input") is True
+    ours = [name for name in told if name.startswith("calibrated slices")]
+    assert [told.pop(name) for name in ours] == [False, False], "fixed counts have nothing to follow"
+    assert set(told.values()) == {None}
 
 
 def test_a_method_that_fails_is_named_and_the_others_are_joined() -> None:

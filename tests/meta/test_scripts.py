@@ -86,6 +86,45 @@ class TestTables:
         text = "<!-- table: r.json sort=tokens columns=tokens -->\n<!-- end table -->"
         assert "| 1 |\n| 8 |\n| 64 |" in tables.redraw(text, tmp_path)
 
+    def test_ablation_by_text_budget_and_way(self, tmp_path: Path) -> None:
+        def row(text: str, way: str, budget: float | None, perplexity: float, **more: object) -> dict[str, object]:
+            bits = None if budget is None else budget + 0.014
+            return {
+                "text": text,
+                "method": way,
+                "budget": budget,
+                "achieved_bits": bits,
+                "perplexity": perplexity,
+                **more,
+            }
+
+        static, trained = (
+            "calibrated slices, best static count per linear",
+            "calibrated slices, trained router per input",
+        )
+        rows = [
+            row("wiki", "unquantized", None, 29.0),
+            *(row("wiki", trained, bits, 30.0 + bits) for bits in (3.0, 8.0, 3.25)),
+            row("c4", trained, 3.0, 50.0),
+            *(row("wiki", static, bits, 40.0 + bits) for bits in (3.0, 8.0)),
+        ]
+        (tmp_path / "r.json").write_text(json.dumps(RESULT | {"rows": rows}))
+        text = "<!-- ablation: r.json -->\nstale\n<!-- end table -->"
+        drawn = tables.redraw(text, tmp_path)
+        assert "| text | budget | best static count per linear | trained router, per input |" in drawn
+        assert "| wiki | 8 | 48 (8.01) | 38 (8.01) |\n| wiki | 3 | 43 (3.01) | 33 (3.01) |\n\n<sub>a proc" in drawn
+        assert "c4" not in drawn, "one way alone compares nothing"
+        assert tables.redraw(drawn, tmp_path) == drawn
+        rows.append(row("wiki", static, 3.0, 42.0, followed=True))
+        with pytest.raises(ValueError, match=r"two rows of .* at 3\.0 on wiki; say which"):
+            tables.draw_ablation(RESULT | {"rows": rows}, {})
+        with pytest.raises(ValueError, match="no two ways to route"):
+            tables.draw_ablation(RESULT | {"rows": rows}, {"followed": "True"})
+
+    def test_ways_of_the_ablation_are_those_of_the_benchmark(self) -> None:
+        source = (ROOT / "benchmarks" / "bench_quality.py").read_text(encoding="utf-8")
+        assert not [method for method in tables.ABLATION if f'"{method}"' not in source]
+
     def test_a_column_that_no_row_has(self) -> None:
         with pytest.raises(ValueError, match="no row has speed"):
             tables.draw(RESULT, ["speed"], {})

@@ -44,6 +44,13 @@ class TestEvalAgainst:
         assert [r["method"] for r in rows] == ["unquantized", "rtn", "mobiquant"]
         assert rows[-1]["ratio"] == pytest.approx(1, rel=0.05)
 
+    def test_thresholds_that_follow(self, run: Run, elastic: str, plain: str) -> None:
+        options = ("--reference", plain, "--budgets", "4", *SMALL)
+        rows = [json.loads(run("eval", elastic, *options, *more, "--json")[1]) for more in ((), ("--follow",))]
+        assert [[row["followed"] for row in found] for found in rows] == [[False, False], [False, True]]
+        assert "followed" in run("eval", elastic, *options, "--follow")[1]
+        assert "followed" not in run("eval", elastic, *options)[1]
+
     def test_own_implementation_is_said(self, run: Run, plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mobiquant_compiler.baselines.compare.library_version", lambda: None)
         options = ("--against", "hqq", "--against-bits", "4", "--calibration", "none")
