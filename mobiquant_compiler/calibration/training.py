@@ -92,8 +92,8 @@ def train_network(lesson: Lesson, router: Router, config: CalibrationConfig, dra
         draw: What is drawn from (on the CPU).
 
     Returns:
-        hidden, hidden_bias, out, out_bias for `Router.learn`. The second layer's weights are 0, so that only a factor
-        per slice is left, where the network did not help on tokens that it was not trained on.
+        hidden, hidden_bias, out, out_bias for `Router.learn`. The weights are 0, so that only a factor per slice is
+        left, where the network did not help on tokens that it was not trained on.
     """
     features = mlp_features(lesson.inputs)
     predicted = SCORES["energy"](lesson.inputs, router.tensors).clamp_min(1e-30)
@@ -107,7 +107,9 @@ def train_network(lesson: Lesson, router: Router, config: CalibrationConfig, dra
     hidden, hidden_bias, out, out_bias = network
     gained = _gamma(_apply(normal[checked], network), factors[checked]) < _gamma(constant, factors[checked])
     if not bool(gained):
-        out, out_bias = torch.zeros_like(out), constant
+        # All of it: where training diverged, 0 times what is no number would be none either.
+        hidden, hidden_bias, out = (torch.zeros_like(t) for t in (hidden, hidden_bias, out))
+        out_bias = constant
     hidden = hidden / spread
     return [hidden, hidden_bias - hidden @ mean, out, out_bias]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
+from mobiquant_compiler.calibration import training
 from mobiquant_compiler.calibration.training import Lesson, slice_worth, train_network
 from mobiquant_compiler.checkpoint.load import weight_source
 from mobiquant_compiler.errors import CheckpointMismatch, CheckpointTensor
@@ -111,6 +112,15 @@ class TestTraining:
         _, _, out, out_bias = train_network(Lesson(x, truth), router, config, torch.Generator().manual_seed(0))
         assert not out.any()
         assert bool((out_bias.diff() < 0).all())
+
+    def test_training_that_diverges_leaves_a_factor_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fit = training._fit
+        monkeypatch.setattr(training, "_fit", lambda *lesson: [t * torch.nan for t in fit(*lesson)])
+        router, x = router_of(48), torch.randn(64, 48)
+        truth = 2 * energy_scores(x, router.tensors)
+        base = energy_scores(x, router.tensors)
+        router.learn(train_network(Lesson(x, truth), router, TRAINED, torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(mlp_scores(x, router.tensors), 2 * base, rtol=1e-2, atol=0)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
