@@ -83,9 +83,7 @@ class BudgetFollower:
         linears = linears_of(model, "follow_budget")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise BadOption(where="follow_budget", name="every", got=every, wanted="a whole number of at least 1")
-        for name, linear in linears.items():
-            if linear.prefill == Prefill.FULL:
-                raise FullPrefill(where=name, got=linear.prefill, wanted=str(Prefill.ROUTED))
+        _refuse_full(linears)
         states = states_of(linears)
         if bits is not None:
             for state in states:
@@ -119,6 +117,7 @@ class BudgetFollower:
 
         Raises:
             FollowingEnded: `close` was called.
+            FullPrefill: as of `follow_budget`.
         """
         if self._closed:
             raise FollowingEnded(where="update", model=type(self.model).__name__)
@@ -132,6 +131,7 @@ class BudgetFollower:
 
     def _advance(self) -> None:
         linears = linears_of(self.model, "follow_budget")  # anew: a plain model may have got other slices
+        _refuse_full(linears)
         states = [state for state in states_of(linears) if state.table.measured]
         everything = telemetry.read([r for r in telemetry.routers_of(linears) if r.state in states])
         for state in states:
@@ -149,8 +149,9 @@ class BudgetFollower:
                 return
             self._closed = True
             _OPEN.discard(self)
-            for state, budget in self._before:
-                state.set(budget)
+            before = dict(self._before)
+            for state in before | self._courses:  # courses: slices that came later too
+                state.set(before.get(state, state.budget))
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +160,12 @@ class BudgetFollower:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_full(linears: dict[str, MobiLinear]) -> None:
+    for name, linear in linears.items():
+        if linear.prefill == Prefill.FULL:
+            raise FullPrefill(where=name, got=linear.prefill, wanted=str(Prefill.ROUTED))
 
 
 def _of_state(state: BudgetState, counts: dict[Router, Tensor]) -> dict[Router, Tensor]:
