@@ -110,8 +110,9 @@ class CalibratedTable:
 
     def _curve(self, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
         """Return the threshold grid [P] (log, falling) and the mean bits at each point [A, P] (rising)."""
-        # One read of the device, not one a router.
-        gains = torch.stack([r.gain.to(routers[0].gain.device) for r in routers]).tolist()
+        gains: list[list[float]] = [[]] * len(routers)
+        if self.quantiles.dim() == 3:  # one read of the device, not one a router; none where gains do not matter
+            gains = torch.stack([r.gain.to(routers[0].gain.device) for r in routers]).tolist()
         key = tuple((r.floor, r.ceiling, r.params, *gain) for r, gain in zip(routers, gains, strict=True))
         if key not in self._curves:
             self._curves[key] = self._measure(routers)

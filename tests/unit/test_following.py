@@ -161,6 +161,18 @@ def test_told_tokens_spare_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 1 + 3, "one at the start, one an update"
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_update_reads_all_counters_at_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = ScoredLinears(trained), []
+    with mq.follow_budget(model, 4, every=1) as follower:
+        model.read(torch.Generator().manual_seed(9), 0.5)
+        cpu, tolist = Tensor.cpu, Tensor.tolist
+        monkeypatch.setattr(Tensor, "cpu", lambda t: seen.append("cpu") or cpu(t))
+        monkeypatch.setattr(Tensor, "tolist", lambda t: seen.append("tolist") or tolist(t))
+        follower.update()
+    assert seen == (["cpu"] if trained else ["cpu", "tolist"]), "of data-free routers their gains too"
+
+
 def test_counters_are_left_alone_and_may_be_reset() -> None:
     def follow(reset: bool) -> Tensor:
         model, draw = ScoredLinears(), torch.Generator().manual_seed(6)
