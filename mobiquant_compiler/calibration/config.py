@@ -45,7 +45,7 @@ class CalibrationConfig:
     propagate: int | None = None
     tune_steps: int = 160
     tune_rate: float = 3e-3
-    tune_decay: float = 30.0
+    tune_decay: float = 3.0
     tune_windows: int = 2
     router: str = "energy"
     router_width: int = 12
