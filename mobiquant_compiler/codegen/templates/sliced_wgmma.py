@@ -14,9 +14,9 @@ def find_tile(offsets_ptr, tile, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr
     A group is cut into tiles of BLOCK_M tokens. Those that are more than half full come first, so that the shortest
     programs are the last ones.
     """
-    found = 0
-    first = 0
-    end = 0
+    found = gl.to_tensor(0)
+    first = gl.to_tensor(0)
+    end = gl.to_tensor(0)
     for narrow in gl.static_range(2):
         for index in gl.static_range(NUM_SLICES):
             start = gl.load(offsets_ptr + (NUM_SLICES - 1 - index))

@@ -1,0 +1,271 @@
+"""Gluon kernels on CPU tensors: what an emitted file computes, whatever registers and memory its layouts choose.
+
+Triton's interpreter runs no Gluon. Here the text of a kernel is executed as plain Python with stand-ins for the
+language: tensors are torch's, copies to shared memory happen when they are waited for, memory that nobody wrote is
+poisoned, a read past an allocation fails, and inline PTX is run instruction by instruction. Layouts say nothing here;
+that conversions between them move no value is asserted by the compiler. There is what `sliced_wgmma` uses.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mobiquant_compiler.codegen import boxes, specialise
+from mobiquant_compiler.spec import KernelSpec
+from tests.gluon_values import AnyLayout, Memory, Pointer, Value, raw, run_ptx
+
+POISON = 0x5A
+HELPERS = ("operands",)
+DTYPES = {
+    "int8": torch.int8,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "uint32": torch.int64,  # of what is never negative
+    "uint64": torch.int64,
+}
+
+
+def load(pointer: Pointer, mask: Value | None = None, other: Any = None) -> Value:
+    """Read from an allocation; outside of it only what is masked."""
+    at = torch.as_tensor(pointer.at)
+    if mask is None:
+        assert bool(((at >= 0) & (at < pointer.memory.numel())).all()), "a read past an allocation"
+        return Value(pointer.memory[at])
+    kept = mask.data.expand(torch.broadcast_shapes(at.shape, mask.data.shape))
+    found = load(Pointer(pointer.memory, torch.where(kept, at, 0)))
+    assert bool(((at >= 0) & (at < pointer.memory.numel()) | ~kept).all()), "a read past an allocation"
+    return Value(torch.where(kept, found.data, torch.as_tensor(other or 0, dtype=found.data.dtype)))
+
+
+class Description:
+    """A tensor [rows, columns] that is copied in boxes; past its end there are zeros."""
+
+    def __init__(self, tensor: Tensor, box: list[int]) -> None:
+        self.tensor, self.box, self.dtype, self.layout = tensor, box, tensor.dtype, None
+
+    def read(self, row: int, column: int) -> Tensor:
+        """Return a box."""
+        found = torch.zeros(self.box, dtype=self.dtype)
+        part = self.tensor[row : row + self.box[0], column : column + self.box[1]]
+        found[: part.shape[0], : part.shape[1]] = part
+        return found
+
+
+class Barrier:
+    """A barrier that counts bytes: what they are of lies poisoned until it is waited for."""
+
+    def __init__(self) -> None:
+        self.expected, self.phase = 0, 0
+        self.copies: list[tuple[Memory, Tensor]] = []
+
+    def expect(self, size: int, pred: Any) -> None:
+        """Announce bytes."""
+        if pred:
+            assert not self.expected, "a stage is filled while it is full"
+            self.expected = size
+
+    def copy(self, box: Tensor, memory: Memory, pred: Any) -> None:
+        """Ask for a copy, which spoils what is there at once."""
+        if pred:
+            memory.data.fill_(float("nan"))
+            self.copies.append((memory, box))
+
+    def wait(self, phase: Any) -> None:
+        """Do the copies, which must be of this phase."""
+        assert self.expected == sum(box.numel() * box.element_size() for _, box in self.copies) > 0
+        assert int(raw(phase)) == self.phase, "waits for another phase"
+        for memory, box in self.copies:
+            memory.data.copy_(box)
+        self.expected, self.phase, self.copies = 0, 1 - self.phase, []
+
+    def invalidate(self) -> None:
+        """Check that nothing is under way."""
+        assert not self.copies, "copies that nobody waited for"
+
+
+class Barriers:
+    """An allocation of barriers."""
+
+    def __init__(self, number: int) -> None:
+        self.all = [Barrier() for _ in range(number)]
+
+    def index(self, number: Any) -> Barrier:
+        """Return one."""
+        return self.all[int(raw(number))]
+
+
+class Language:
+    """Stand-in for `gluon.language`."""
+
+    constexpr = None
+
+    def __init__(self, program: int) -> None:
+        self.program = program
+        vars(self).update(DTYPES)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("Layout"):
+            return AnyLayout(name)
+        raise AttributeError(name)
+
+    def minimum(self, a: Any, b: Any) -> Value:
+        """Return the smaller."""
+        return Value(torch.minimum(*torch.broadcast_tensors(*map(torch.as_tensor, (raw(a), raw(b))))))
+
+    def static_assert(self, held: bool, words: str = "") -> None:
+        """Check."""
+        assert held, words
+
+    def static_range(self, *bounds: int) -> range:
+        """Return a loop that is unrolled."""
+        return range(*bounds)
+
+    def program_id(self, axis: int) -> Value:
+        """Return the program."""
+        assert axis == 0
+        return Value(torch.tensor(self.program))
+
+    def to_tensor(self, value: int) -> Value:
+        """Return a scalar."""
+        return Value(torch.tensor(value))
+
+    def arange(self, start: int, stop: int, layout: Any) -> Value:
+        """Return whole numbers."""
+        return Value(torch.arange(start, stop, dtype=torch.int32))
+
+    def load(self, pointer: Pointer, mask: Value | None = None, other: Any = None) -> Value:
+        """Read."""
+        return load(pointer, mask, other)
+
+    def store(self, pointer: Pointer, value: Value, mask: Value) -> None:
+        """Write where the mask is true."""
+        at, data, kept = torch.broadcast_tensors(torch.as_tensor(pointer.at), value.data, mask.data)
+        assert bool(((at >= 0) & (at < pointer.memory.numel()))[kept].all()), "a write past an allocation"
+        pointer.memory[at[kept]] = data[kept]
+
+    def zeros(self, shape: list[int], dtype: torch.dtype, layout: Any) -> Value:
+        """Return zeros."""
+        return Value(torch.zeros(shape, dtype=dtype))
+
+    def zeros_like(self, value: Value) -> Value:
+        """Return zeros."""
+        return Value(torch.zeros_like(value.data))
+
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory | Barriers:
+        """Return poisoned memory, or barriers."""
+        if layout == "barriers":
+            return Barriers(shape[0])
+        size = torch.empty(0, dtype=dtype).element_size()
+        return Memory(torch.full([*shape[:-1], shape[-1] * size], POISON, dtype=torch.int8).view(dtype))
+
+    def convert_layout(self, value: Value, layout: Any, assert_trivial: bool = False) -> Value:
+        """Return the same values."""
+        return value
+
+    def split(self, value: Value) -> tuple[Value, Value]:
+        """Take the last dimension apart."""
+        return Value(value.data[..., 0]), Value(value.data[..., 1])
+
+    def join(self, a: Value, b: Value) -> Value:
+        """Put two side by side in a new last dimension."""
+        return Value(torch.stack([a.data, b.data], -1))
+
+    def permute(self, value: Value, order: tuple[int, ...]) -> Value:
+        """Change the order of dimensions."""
+        return Value(value.data.permute(order))
+
+    def reshape(self, value: Value, shape: list[int]) -> Value:
+        """Change the shape."""
+        return Value(value.data.reshape(shape))
+
+    def inline_asm_elementwise(
+        self, text: str, constraints: str, values: Any, *, dtype: Any, is_pure: bool, pack: int
+    ) -> Any:
+        """Run PTX; with `pack` 4 a register holds four bytes that stand side by side."""
+        several = isinstance(dtype, tuple)
+        outputs = len(dtype) if several else 1
+        assert len(constraints.split(",")) == outputs + len(values)
+        given = [v.data.contiguous() for v in values]
+        words = [(v.view(torch.int32).numpy().view(np.uint32) if pack == 4 else v.numpy()) for v in given]
+        found = [torch.from_numpy(w.view(np.int32).copy()) for w in run_ptx(text, words, outputs)]
+        kinds = dtype if several else (dtype,)
+        results = tuple(Value(w.view(kind)) for w, kind in zip(found, kinds, strict=True))
+        return results if several else results[0]
+
+
+def copy_box(source: Description, place: list[Any], barrier: Barrier, memory: Memory, pred: Any) -> None:
+    """Ask for a copy of a box; a box that begins past the end is still one."""
+    if pred:
+        barrier.copy(source.read(*(int(raw(at)) for at in place)), memory, pred)
+
+
+def barriers() -> SimpleNamespace:
+    """Return the stand-in for `hopper.mbarrier`."""
+    return SimpleNamespace(
+        MBarrierLayout=lambda: "barriers",
+        init=lambda barrier, count: None,
+        expect=lambda barrier, size, pred: barrier.expect(size, pred),
+        wait=lambda barrier, phase: barrier.wait(phase),
+        invalidate=lambda barrier: barrier.invalidate(),
+    )
+
+
+def product(a: Value, b: Memory, sums: Value, is_async: bool) -> Value:
+    """Multiply in float32."""
+    assert a.data.dtype is b.data.dtype
+    return Value(a.data.float() @ b.data.float() + sums.data)
+
+
+def _executed(text: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Execute a module's functions with stand-ins for what it imports."""
+    scope = dict(names)
+    exec(re.sub(r"(?m)^from .*$", "", text), scope)
+    return scope
+
+
+def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
+    text, folder = specialise.specialise(spec), Path(specialise.__file__).parent
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        return function if callable(function) else lambda decorated: decorated
+
+    def scalars(stop: Any) -> Iterator[Value]:
+        return (Value(torch.tensor(number)) for number in range(int(operator.index(stop))))
+
+    for program in range(grid[0]):
+        language = Language(program)
+        names = {
+            "gl": language,
+            "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
+            "warpgroup_mma": product,
+            "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0] if len(deps) == 1 else deps,
+            "tma": SimpleNamespace(async_copy_global_to_shared=copy_box),
+            "mbarrier": barriers(),
+            "gdc_wait": lambda: None,
+            "gdc_launch_dependents": lambda: None,
+        }
+        for module in HELPERS:
+            functions = _executed((folder / f"{module}.py").read_text(encoding="utf-8"), names)
+            names[module] = SimpleNamespace(**functions)
+        scope = _executed(text, names | {"range": scalars})
+        kernel = scope[str(spec.family)]
+        wanted = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+        kernel(**{name: _argument(name, spec, arguments) for name in wanted})
+
+
+def _argument(name: str, spec: KernelSpec, arguments: dict[str, Any]) -> Pointer | Value | Description:
+    if boxes.is_described(name):
+        return Description(arguments["x_ptr"], boxes.box_of(name, spec))
+    value = arguments[name]
+    return Pointer(value.view(-1)) if isinstance(value, Tensor) else Value(torch.tensor(value, dtype=torch.int32))
