@@ -16,6 +16,7 @@ from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import Prefill, SliceSpec
+from tests import waiting
 from tests.kernel_cases import Case, random_case, spec_id
 from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
 
@@ -176,11 +177,8 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
     case = random_case(SPECS[0], tokens, 513, 256, dtype=torch.bfloat16, device="cuda")
     weights = [Weight(*case.arguments[2:])]
     wiring.by_fused(case.x, case.counts, weights, case.spec)  # what is compiled or loaded once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.is_an_error():
         wiring.by_fused(case.x, case.counts, weights, case.spec)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("tokens", [65, 1000])

@@ -16,6 +16,7 @@ from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
+from tests import waiting
 from tests.kernel_cases import EVEN_K, SPECS, Case, integer_case, random_case, spec_id
 
 pytestmark = [
@@ -252,8 +253,5 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
         OPS.elastic_linears(*routing, *weights_of(cases), *arguments_of(SPECS[0]))
 
     step()  # what is compiled or loaded once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -16,6 +16,7 @@ from mobiquant_compiler.linear import Router, elastic_linears
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime.paths import execution_paths, reset_execution_paths
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
+from tests import waiting
 from tests.kernel_cases import EVEN_K, SPECS, integer_case, random_case
 from tests.network_cases import INF, WAYS, apart, integer_network, random_network, score_of, scores64, turns_at
 from tests.tolerances import NETWORK_SCORES
@@ -210,11 +211,8 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
     case, router = integer_case(SPECS[0], tokens, 130, 200, device=WHERE), random_network(200, 4, 12, device=WHERE)
     step = step_of(case, router, torch.zeros(3, device=WHERE), torch.zeros(4, dtype=torch.int64, device=WHERE))
     step()  # what is compiled or loaded once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("without_reference")

@@ -17,6 +17,7 @@ from mobiquant_compiler.runtime import prefill
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import Family, SliceSpec
+from tests import waiting
 from tests.kernel_cases import BIT, SPECS, Case, integer_case, random_case, spec_id
 from tests.prefill_calls import uniform_linear, workspace_linear
 from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
@@ -221,11 +222,8 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
         uniform_linear(uniform, *case.arguments)
 
     both()  # what is compiled or loaded once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.is_an_error():
         both()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("grouped")
