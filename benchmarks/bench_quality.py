@@ -252,7 +252,7 @@ def kept(out: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dic
     if not out.exists():
         return [], {}
     found = json.loads(out.read_text(encoding="utf-8"))
-    mine = {"unquantized", *(NAMES[method] for method in args.methods)}
+    mine = {*(["unquantized"] if args.unquantized else []), *(NAMES[method] for method in args.methods)}
     made = {name: how for name, how in found.get("made", {}).items() if name not in mine}
     return [row for row in found["rows"] if row["method"] not in mine], made
 
@@ -279,15 +279,16 @@ def unquantized_rows(args: argparse.Namespace, model: Any, windows: dict[str, to
 def measure_together(args: argparse.Namespace, out: Path, rows: list[dict[str, Any]]) -> None:
     """Calibrate, then measure several methods at a time."""
     notes: dict[str, Any] = {}
+    others, made_before = kept(out, args) if args.keep else ([], {})  # the file is written over from here on
     ours = [method for method in args.methods if method in METHODS]
     if ours:
         calibrated(args, ours[0], notes)
 
     def join(parts: list[dict[str, Any]]) -> None:
         found = [row for part in parts for row in part["rows"]]
-        made = {name: how for part in parts for name, how in part["made"].items()}
+        made = made_before | {name: how for part in parts for name, how in part["made"].items()}
         told = {"made": made | notes.get("made", {}), "jobs": args.jobs, "compiles": sum(p["compiles"] for p in parts)}
-        record.write(out, [*rows, *found], args.device, **protocol(args), **told)
+        record.write(out, [*rows, *found, *others], args.device, **protocol(args), **told)
 
     quality_jobs.run(args.methods, args.jobs, sys.argv, join)
 

@@ -31,9 +31,9 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def measured(where: Path, *options: str) -> dict[str, Any]:
+def measured(where: Path, *options: str, out: Path | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what it wrote."""
-    out = where / f"{len(list(where.iterdir()))}.json"
+    out = out or where / f"{len(list(where.iterdir()))}.json"
     fixed = ["--model", str(where / "model"), "--data", str(where / "data"), "--device", "cpu", "--eager"]
     short = ["--windows", "1", "--calibration-windows", "2", "--steps", "2", "--group", "32", "--budgets", "4", "2"]
     command = [sys.executable, str(ROOT / "benchmarks/bench_quality.py"), *fixed, *short, "--calibrate", *options]
@@ -44,7 +44,8 @@ def measured(where: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_side_by_side_as_one_after_another(where: Path) -> None:
     options = ("--texts", "wikitext2", "ptb", "--methods", *METHODS, "--static-bits", "4", "--follow")
-    one = measured(where, "--state", str(where / "state-a"), *options)
+    first = where / "first.json"
+    one = measured(where, "--state", str(where / "state-a"), *options, out=first)
     two = measured(where, "--state", str(where / "state-b"), *options, "--jobs", "3")
     for found in (one, two):
         assert set(found["made"]) == {row["method"] for row in found["rows"]} - {"unquantized"}
@@ -57,6 +58,10 @@ def test_side_by_side_as_one_after_another(where: Path) -> None:
     ours = [name for name in told if name.startswith("calibrated slices")]
     assert [told.pop(name) for name in ours] == [False, False], "fixed counts have nothing to follow"
     assert set(told.values()) == {None}
+    again = (*options, "--methods", "rtn", "--no-unquantized", "--jobs", "2", "--keep")
+    kept = measured(where, "--state", str(where / "state-a"), *again, out=first)
+    assert {(r["text"], r["method"], r["budget"]): r for r in kept["rows"]} == rows[0], "what was there stays"
+    assert kept["made"].keys() == one["made"].keys()
 
 
 def test_a_method_that_fails_is_named_and_the_others_are_joined() -> None:
