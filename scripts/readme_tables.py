@@ -5,14 +5,16 @@
     <!-- end table -->
 
 ``list=summary`` draws another list of the file than its rows. ``<!-- ablation: h100/quality.json -->`` draws one row a
-text and budget, a column a way to route (`ABLATION`) that the file has rows of. ``--check`` writes nothing and exits 1
-where a document differs from its results.
+text and budget, a column a way to route (`ABLATION`) that the file has rows of; ``<!-- rivals: ... -->`` does so with
+the packed model beside methods that make a model a width (`RIVALS`), at whole and half bits. ``--check`` writes nothing
+and exits 1 where a document differs from its results.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- (table|ablation): (\S+)((?: \S+=\S+)*) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+MARKED = re.compile(
+    r"""(<!-- (table|ablation|rivals): (\S+)((?: \w+=(?:"[^"]*"|\S+))*) -->\n)(.*?)(<!-- end table -->)""", re.DOTALL
+)
 ABLATION = {  # method in the rows of bench_quality.py -> heading
     "calibrated slices, one count for all": "no routing: one count for all",
     "calibrated slices, best static count per linear": "best static count per linear",
@@ -28,6 +32,14 @@ ABLATION = {  # method in the rows of bench_quality.py -> heading
     "calibrated slices, energy router per input": "data-free router, per input",
     "calibrated slices, trained router per linear": "trained router, per linear",
     "calibrated slices, trained router per input": "trained router, per input",
+}
+
+RIVALS = {
+    "unquantized": "unquantized",
+    "calibrated slices, trained router per input": "one packed model",
+    "GPTQ": "GPTQ",
+    "HQQ": "HQQ",
+    "round to nearest": "round to nearest",
 }
 
 
@@ -70,29 +82,56 @@ def draw_ablation(result: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
     Raises:
         ValueError: nothing is left, or two rows are of one cell.
     """
-    cells: dict[tuple[str, float], dict[str, str]] = {}
+    cells = {key: found for key, found in _cells(result, wanted, ABLATION).items() if len(found) > 1}
+    if not cells:
+        raise ValueError(f"no two ways to route are at one budget where {dict(wanted)}")
+    return _with_origin(_pivot(cells, ABLATION), result)
+
+
+def draw_rivals(result: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
+    """Return perplexities of the packed model and of methods that make a model a width, by text and budget.
+
+    Raises:
+        ValueError: nothing matches, or two rows are of one cell.
+    """
+    cells = _cells(result, wanted, RIVALS)
+    whole = {(text, bits): found for (text, bits), found in cells.items() if bits is None or bits * 2 % 1 == 0}
+    if not whole:
+        raise ValueError(f"no row of {', '.join(RIVALS)} where {dict(wanted)}")
+    return _with_origin(_pivot(whole, RIVALS), result)
+
+
+def _cells(
+    result: Mapping[str, Any], wanted: Mapping[str, str], methods: Mapping[str, str]
+) -> dict[tuple[str, float | None], dict[str, str]]:
+    """Return what stands in each cell, by text and budget, then by method."""
+    cells: dict[tuple[str, float | None], dict[str, str]] = {}
     for row in result["rows"]:
-        if row["method"] not in ABLATION or any(str(row.get(key)) != value for key, value in wanted.items()):
+        if row["method"] not in methods or any(str(row.get(key)) != value for key, value in wanted.items()):
             continue
         found = cells.setdefault((row["text"], row["budget"]), {})
         if row["method"] in found:
             raise ValueError(
                 f"two rows of {row['method']} at {row['budget']} on {row['text']}; say which, by key=value"
             )
-        found[row["method"]] = f"{cell(row['perplexity'])} ({row['achieved_bits']:.2f})"
-    cells = {key: found for key, found in cells.items() if len(found) > 1}
-    methods = [method for method in ABLATION if any(method in found for found in cells.values())]
-    if not cells:
-        raise ValueError(f"no two ways to route are at one budget where {dict(wanted)}")
+        bits = row.get("achieved_bits")
+        off = "" if bits is None or isinstance(bits, int) else f" ({bits:.2f})"
+        found[row["method"]] = cell(row["perplexity"]) + off
+    return cells
+
+
+def _pivot(cells: Mapping[tuple[str, float | None], Mapping[str, str]], methods: Mapping[str, str]) -> list[str]:
+    """Return the lines of a table: a row a text and budget, no budget and the most bits first; a column a method."""
+    shown = [method for method in methods if any(method in found for found in cells.values())]
     texts = list(dict.fromkeys(text for text, _ in cells))
     lines = [
-        " | ".join(("text", "budget", *(ABLATION[m] for m in methods))),
-        " | ".join("---" for _ in (0, 0, *methods)),
+        " | ".join(("text", "budget", *(methods[m] for m in shown))),
+        " | ".join("---" for _ in (0, 0, *shown)),
     ]
-    for text, budget in sorted(cells, key=lambda key: (texts.index(key[0]), -key[1])):
+    for text, budget in sorted(cells, key=lambda key: (texts.index(key[0]), -(key[1] or float("inf")))):
         found = cells[text, budget]
-        lines.append(" | ".join((text, cell(budget), *(found.get(m, "-") for m in methods))))
-    return _with_origin(lines, result)
+        lines.append(" | ".join((text, cell(budget), *(found.get(m, "-") for m in shown))))
+    return lines
 
 
 def _with_origin(lines: Sequence[str], result: Mapping[str, Any]) -> str:
@@ -105,10 +144,11 @@ def redraw(text: str, results: Path = RESULTS) -> str:
     """Return a document with every marked table drawn anew."""
 
     def replace(found: re.Match[str]) -> str:
-        options = dict(item.split("=", 1) for item in found[4].split())
+        options = dict(item.split("=", 1) for item in shlex.split(found[4]))
         result = json.loads((results / found[3]).read_text(encoding="utf-8"))
-        if found[2] == "ablation":
-            return found[1] + draw_ablation(result, options) + found[6]
+        if found[2] != "table":
+            pivot = draw_ablation if found[2] == "ablation" else draw_rivals
+            return found[1] + pivot(result, options) + found[6]
         columns = options.pop("columns").split(",")
         of, order = options.pop("list", "rows"), options.pop("sort", None)
         if order is not None:

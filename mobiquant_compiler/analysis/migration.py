@@ -63,10 +63,17 @@ class Migration:
         part of the whole error at the higher budget that its worst tokens bear; ``migrated_share``, the part of it
         that tokens bear which were not among the worst at the lower one; ``linear_overlap``, the mean of the same
         overlap at the output of each linear; and the mean error at either budget.
-        """
-        return [self._row(low, high) for low, high in zip(self.low, self.high, strict=True)]
 
-    def _row(self, low: TokenErrors, high: TokenErrors) -> dict[str, Any]:
+        Sets of worst tokens are as large with routing as without, however small the errors in them. So there is a
+        measure with one scale for both: ``migrated_tokens``, the share of all tokens that are outliers at one of the
+        two budgets only, where an outlier errs by more than all but `share` of the tokens do without routing at that
+        budget; and ``outlier_tokens``, the share of tokens that are outliers at either.
+        """
+        limits = tuple(least_of_worst(errors[0].tokens, self.share) for errors in (self.low, self.high))
+        return [self._row(low, high, limits) for low, high in zip(self.low, self.high, strict=True)]
+
+    def _row(self, low: TokenErrors, high: TokenErrors, limits: tuple[float, ...]) -> dict[str, Any]:
+        outliers = [errors.tokens >= limit for errors, limit in zip((low, high), limits, strict=True)]
         before, after = worst(low.tokens, self.share), worst(high.tokens, self.share)
         new = after & ~before
         whole = float(high.tokens.sum()) or 1.0
@@ -82,6 +89,8 @@ class Migration:
             "rank_correlation": rank_correlation(low.tokens, high.tokens),
             "worst_share": float(high.tokens[after].sum()) / whole,
             "migrated_share": float(high.tokens[new].sum()) / whole,
+            "migrated_tokens": float((outliers[0] ^ outliers[1]).double().mean()),
+            "outlier_tokens": float((outliers[0] | outliers[1]).double().mean()),
             "linear_overlap": sum(overlaps) / len(overlaps),
             "low_mean_error": float(low.tokens.mean()),
             "high_mean_error": float(high.tokens.mean()),
@@ -112,6 +121,12 @@ def worst(errors: Tensor, share: float) -> Tensor:
     chosen = torch.zeros(len(errors), dtype=torch.bool)
     chosen[errors.topk(max(1, round(share * len(errors)))).indices] = True
     return chosen & (errors > 0)
+
+
+def least_of_worst(errors: Tensor, share: float) -> float:
+    """Return the least error [T] among the worst tokens, infinity where nothing errs."""
+    found = errors[worst(errors, share)]
+    return float(found.min()) if len(found) else math.inf
 
 
 def overlap(first: Tensor, second: Tensor, share: float = SHARE) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler.baselines.compare import measure_static
+from mobiquant_compiler.calibration.tuning import HELD_BITS
 from mobiquant_compiler.linear import elastic_linears
 from tests.models_tiny import VOCABULARY, seeded, tiny_llama, tokens
 
@@ -78,8 +79,13 @@ def test_a_state_made_on_a_device_goes_on_on_a_cpu(tmp_path: Path) -> None:
     resumed = calibrated("cpu", tmp_path / "state")
     for name, linear in elastic_linears(made).items():
         other = elastic_linears(resumed)[name]
-        assert torch.equal(linear.slices.cpu(), other.slices)
+        held = slice(0, HELD_BITS)  # slices beyond these are chosen again on the grid that either device has tuned
+        assert torch.equal(linear.slices[held].cpu(), other.slices[held])
         torch.testing.assert_close(linear.scale.cpu().float(), other.scale.float(), rtol=0.1, atol=1e-4)
+    ids = tokens(2, 64, seed=8)
+    with mq.budget(made, 8), mq.budget(resumed, 8):
+        one, two = logits(made, ids), logits(resumed, ids)
+    assert float((one - two).norm() / one.norm()) < 0.05
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path) -> None:
@@ -112,9 +118,11 @@ def test_trained_routers_compile_and_follow_the_budget() -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
 def test_static_methods_run(method: str) -> None:
-    model = model_on(WHERE)
-    rows = list(measure_static(model, tokens(2, 32, seed=7), [method], [2, 4], calibration=IDS[:4]))
-    assert 1 < rows[1].perplexity < 4 * VOCABULARY
+    ids, found = tokens(2, 32, seed=7), []
+    for device in ("cpu", WHERE):
+        rows = measure_static(model_on(device), ids, [method], [4], calibration=IDS[:4])
+        found.append(next(iter(rows)).perplexity)
+    assert found[1] == pytest.approx(found[0], rel=0.25)
 
 
 def test_a_model_in_main_memory_is_calibrated_a_block_at_a_time() -> None:

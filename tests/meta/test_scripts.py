@@ -24,6 +24,8 @@ RESULT = {
     "rows": [{"text": "a", "bits": 4, "ppl": 38.123456}, {"text": "b", "bits": None, "ppl": 12345.6}],
 }
 
+PACKED = "calibrated slices, trained router per input"
+
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
@@ -125,6 +127,25 @@ class TestTables:
         source = (ROOT / "benchmarks" / "bench_quality.py").read_text(encoding="utf-8")
         assert not [method for method in tables.ABLATION if f'"{method}"' not in source]
 
+    def test_rivals_stand_beside_the_packed_model_at_whole_and_half_bits(self, tmp_path: Path) -> None:
+        rows = [
+            {"text": "c4", "method": "GPTQ", "budget": 3, "achieved_bits": 3, "perplexity": 50.0},
+            {"text": "c4", "method": "unquantized", "budget": None, "achieved_bits": None, "perplexity": 29.0},
+            *(
+                {"text": "c4", "method": PACKED, "budget": bits, "achieved_bits": bits - 0.004, "perplexity": 30 + bits}
+                for bits in (3.0, 3.25, 3.5)
+            ),
+        ]
+        (tmp_path / "r.json").write_text(json.dumps(RESULT | {"rows": rows}))
+        drawn = tables.redraw("<!-- rivals: r.json -->\n<!-- end table -->", tmp_path)
+        wanted = "| c4 | - | 29 | - | - |\n| c4 | 3.5 | - | 33.5 (3.50) | - |\n| c4 | 3 | - | 33 (3.00) | 50 |\n\n<sub>"
+        assert "| text | budget | unquantized | one packed model | GPTQ |\n" in drawn
+        assert wanted in drawn
+        with pytest.raises(ValueError, match="no row of unquantized"):
+            tables.draw_rivals(RESULT | {"rows": rows}, {"text": "ptb"})
+        one = f'<!-- table: r.json method="{PACKED}" columns=budget -->\n<!-- end table -->'
+        assert "| 3.25 |\n| 3.5 |\n\n" in tables.redraw(one, tmp_path), "a value in quotes may hold spaces"
+
     def test_a_column_that_no_row_has(self) -> None:
         with pytest.raises(ValueError, match="no row has speed"):
             tables.draw(RESULT, ["speed"], {})
@@ -145,6 +166,27 @@ class TestPicture:
         assert b"<dc:date>" not in first
         assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
         assert "No such file or directory; measure first" in capsys.readouterr().out
+
+    def test_quality_is_drawn_from_whatever_texts_there_are(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        plot = script("plot_quality")
+        row = {"text": "wiki", "budget": 2.0, "achieved_bits": 2.0, "perplexity": 40.0}
+        rows = [{**row, "method": method} for method in ("unquantized", plot.PACKED, "GPTQ")]
+        rows.append({**row, "method": "HQQ", "perplexity": 4e5})
+        assert plot.series({"rows": rows}, "wiki", "GPTQ") == [(2.0, 40.0)]
+        source = tmp_path / "quality.json"
+        source.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+        pictures = [tmp_path / "images" / name for name in ("a.svg", "b.svg")]
+        for picture in pictures:
+            assert plot.main(["--results", str(source), "--out", str(picture)]) == 0
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+        text = pictures[0].read_text(encoding="utf-8")
+        assert "GPTQ, a model a width" in text
+        assert "HQQ" not in text, "what is broken is left out"
+        assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
+        assert "measure first" in capsys.readouterr().out
 
     def test_what_was_not_measured_is_left_out(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")

@@ -77,6 +77,16 @@ class TestMigration:
         }
         assert found.linear_rows()[1] == {"linear": "b", "fixed_overlap": 0.5, "routed_overlap": 0.5}
 
+    def test_outliers_have_one_scale_with_and_without_routing(self) -> None:
+        fixed = errors([8, 4, 2, 1]), errors([8, 1, 4, 3], budget=4)
+        routed = errors([5, 3, 1, 2], routed=True), errors([5, 1, 2, 3], budget=4, routed=True)
+        rows = Migration(0.5, (fixed[0], routed[0]), (fixed[1], routed[1])).summary()
+        assert [row["migrated_tokens"] for row in rows] == [0.5, 0]  # without routing 1 and 2 migrate
+        assert [row["outlier_tokens"] for row in rows] == [0.75, 0.25]
+        assert [row["overlap"] for row in rows] == [0.5, 0.5], "sets of worst tokens do not tell"
+        same = errors([0, 0, 0, 0])
+        assert Migration(0.5, (same, routed[0]), (same, routed[1])).summary()[0]["migrated_tokens"] == 0
+
     def test_on_a_model(self, elastic: nn.Module) -> None:
         stages = []
         before = mq.get_budget(elastic)
