@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,17 +48,21 @@ def check_tokens(tokens: Tensor, where: str = "calibration") -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluate without dropout or parameter gradients, and restore both."""
+    """Evaluate without dropout or parameter gradients, and restore both.
+
+    Parameters that are replaced meanwhile are not kept alive: those of a calibration are all of a model's weights.
+    """
     training = model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
     model.eval()
-    for p in wanted:
+    for p in model.parameters():
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
+        for reference in wanted:
+            if (parameter := reference()) is not None:
+                parameter.requires_grad_(True)
         model.train(training)
 
 

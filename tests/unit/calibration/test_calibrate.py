@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_other_slices(slices):
     model = tiny_lm(1)
     assert len(mq.calibrate_(model, TOKENS[:2], SHORT, slices=slices).rewritten) == 7
     assert bool(torch.isfinite(logits(model, TOKENS[:1])).all())
+
+
+def test_a_weight_is_given_up_when_its_slices_are_there() -> None:
+    model = tiny_llama(layers=3)
+    weights = [weakref.ref(p) for name, p in model.named_parameters() if "layers" in name and "proj" in name]
+    assert len(weights) == 21
+    alive = []
+
+    def count(stage: str, done: int, total: int) -> None:
+        if stage == "blocks":
+            alive.append(sum(weight() is not None for weight in weights))
+
+    mq.calibrate_(model, TOKENS, CODES, progress=count)
+    assert alive == [14, 7, 0]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
