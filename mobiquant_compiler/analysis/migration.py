@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,9 +156,8 @@ def outlier_migration(
     What is measured. The reference is the same model with all slices. The error of a token at a budget is how far the
     model's next-token distribution after it moves: ``KL(p_all || p_budget)`` in nats, the whole model running at that
     budget. *Worst* tokens are the `share` with the greatest errors; they *migrate* where the sets at the two budgets
-    differ. *With routing* the model runs as it does under `set_budget`. *Without*, it meets the same budgets with one
-    slice count a linear for all tokens (`runtime.budget.StaticTable`): at 4 bits two slices everywhere, at 3 bits one
-    in some linears and two in the others.
+    differ. *With routing* the model runs as it does under `set_budget`. *Without*, it takes as many bits as that,
+    by one slice count a linear for all tokens (`StaticTable`): at 4 bits two slices everywhere, at 3 two in some.
 
     Besides, the relative squared error ``|y_k - y|^2 / |y|^2`` of each token at the output of each linear, on the
     inputs that the linear has in the reference run; there, what routing does to the layers before plays no part.
@@ -187,21 +187,34 @@ def outlier_migration(
     if windows.dim() != 2 or windows.numel() == 0:
         raise EmptyBatch(where="outlier migration", got=tuple(windows.shape))
     report = progress or (lambda stage, done, total: None)
-    greatest = budget_range(routers_of(linears_of(model, "outlier migration")))[1]
+    least, greatest = budget_range(routers_of(linears_of(model, "outlier migration")))
     if high >= greatest:
         wanted = f"budgets below {greatest:g}, where all slices are used and no token errs"
         raise BadOption(where="outlier migration", name="budgets", got=budgets, wanted=wanted)
-    settings = [_Setting(model, bits, routed) for bits in budgets for routed in (False, True)]
+    routed = [_Setting(model, bits, True) for bits in budgets]
+    done = itertools.count(1)
+
+    def step() -> None:
+        report("outlier migration", next(done), 2 * len(windows))
+
+    _measure_all(model, windows, routed, step)
+    used = [min(max(setting.bits_used, least), greatest) for setting in routed]
+    fixed = [_Setting(model, bits, False, at) for bits, at in zip(budgets, used, strict=True)]
+    _measure_all(model, windows, fixed, step)
+    low, high = (tuple(s.result() for s in pair) for pair in zip(fixed, routed, strict=True))
+    return Migration(share, low, high)  # type: ignore[arg-type]  # two of each
+
+
+def _measure_all(model: nn.Module, windows: Tensor, settings: Sequence[_Setting], step: Callable[[], None]) -> None:
+    """Measure settings on all windows; `step` is called after each."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        for done, window in enumerate(windows, 1):
+        for window in windows:
             ids = window.unsqueeze(0).to(device)
             expected = _reference(model, ids, settings)
             for setting in settings:
                 setting.measure(ids, expected)
-            report("outlier migration", done, len(windows))
-    found = [setting.result() for setting in settings]
-    return Migration(share, (found[0], found[1]), (found[2], found[3]))
+            step()
 
 
 def fixed_counts(model: nn.Module, bits: float) -> dict[str, int]:
@@ -219,11 +232,17 @@ def fixed_counts(model: nn.Module, bits: float) -> dict[str, int]:
 
 @dataclass
 class _Setting:
-    """One budget, with or without routing, and the errors found so far."""
+    """One budget, with or without routing, and the errors found so far.
+
+    Attributes:
+        bits: Budget.
+        at: Bits that one count a linear is chosen for, where tokens are not routed.
+    """
 
     model: nn.Module
     bits: float
     routed: bool
+    at: float | None = None
     outputs: list[Tensor] = field(default_factory=list)
     linears: dict[str, list[Tensor]] = field(default_factory=dict)
     used: float = 0.0  # bits, over all calls, each weighted by the linear's parameters
@@ -233,7 +252,7 @@ class _Setting:
         members = linears_of(self.model, "outlier migration")
         with budget(self.model, self.bits):  # also refuses budgets that cannot be
             self.thresholds = {name: m.router.thresholds.clone() for name, m in members.items()}
-        self.fixed = {} if self.routed else fixed_counts(self.model, self.bits)
+        self.fixed = {} if self.routed else fixed_counts(self.model, self.bits if self.at is None else self.at)
 
     def counts(self, call: Call) -> Tensor | int:
         """Return the counts that a linear uses here, on whatever input it has."""
@@ -265,10 +284,15 @@ class _Setting:
         self.used += parameters * float(bits)
         self.weight += parameters
 
+    @property
+    def bits_used(self) -> float:
+        """Average weight bits over all calls."""
+        return self.used / self.weight
+
     def result(self) -> TokenErrors:
         """Return everything noted."""
         linears = {name: torch.cat(parts) for name, parts in self.linears.items()}
-        return TokenErrors(self.bits, self.routed, self.used / self.weight, torch.cat(self.outputs), linears)
+        return TokenErrors(self.bits, self.routed, self.bits_used, torch.cat(self.outputs), linears)
 
 
 def _reference(model: nn.Module, ids: Tensor, settings: Sequence[_Setting]) -> Tensor:

@@ -92,7 +92,7 @@ class TestMigration:
         before = mq.get_budget(elastic)
         found = outlier_migration(elastic, tokens(3, 16), (3, 5), progress=lambda *step: stages.append(step))
         assert mq.get_budget(elastic) == before
-        assert stages[-1] == ("outlier migration", 3, 3)
+        assert stages[-1] == ("outlier migration", 6, 6)
         (fixed_low, routed_low), (fixed_high, routed_high) = found.low, found.high
         assert [e.routed for e in (*found.low, *found.high)] == [False, True] * 2
         for part in (*found.low, *found.high):
@@ -100,6 +100,8 @@ class TestMigration:
             assert (part.tokens >= 0).all()
             assert part.achieved_bits == pytest.approx(part.budget, abs=0.5)
             assert set(part.linears) == set(elastic_linears(elastic))
+        for fixed, routed in zip(found.low[:1] + found.high[:1], found.low[1:] + found.high[1:], strict=True):
+            assert fixed.achieved_bits == pytest.approx(routed.achieved_bits, abs=0.3), "as many bits as routing took"
         assert fixed_high.tokens.mean() < fixed_low.tokens.mean()
         assert routed_high.tokens.mean() < routed_low.tokens.mean()
         assert not torch.equal(fixed_low.tokens, routed_low.tokens)
