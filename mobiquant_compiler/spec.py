@@ -176,6 +176,7 @@ class KernelSpec:
         block_m: BLOCK_M, tokens per tile: 1, blocks of eight, or at most 256 (sliced_wgmma); tokens that a program
             routes (route_quantize).
         block_n: BLOCK_N, output rows per tile.
+        row_tiles: ROW_TILES, tiles of 16 rows that a warp multiplies by the activations it has loaded (sliced_mma).
         block_w: BLOCK_W, columns per step; tiles of tokens that share their activations in the L2 cache (sliced_wgmma).
         block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
         num_warps: NUM_WARPS, warps per program.
@@ -203,6 +204,7 @@ class KernelSpec:
     hidden: int = 0
     block_m: int = 1
     block_n: int = 1
+    row_tiles: int = 1
     block_w: int = 32
     block_r: int = 1
     num_warps: int = 4
@@ -219,7 +221,7 @@ class KernelSpec:
         SliceSpec(self.widths, self.group, self.layout)
         if self.k % self.group:
             raise BadKernelSpec(family=self.family, name="k", got=self.k, wanted=f"a multiple of group {self.group}")
-        for name in ("block_m", "block_n", "block_w", "block_r", "num_warps", "row_unit"):
+        for name in ("block_m", "block_n", "row_tiles", "block_w", "block_r", "num_warps", "row_unit"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
@@ -244,7 +246,8 @@ class KernelSpec:
         limit += f"u{self.row_unit}" if self.row_unit > 1 else ""
         stages = f"p{self.num_stages}" if self.num_stages > 1 else ""
         scored = f"r{self.block_r}" if self.block_r > 1 else ""
-        tile = f"m{self.block_m}n{self.block_n}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"
+        rows = f"n{self.block_n}" + (f"t{self.row_tiles}" if self.row_tiles > 1 else "")
+        tile = f"m{self.block_m}{rows}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"
         columns = f"of{self.columns}" if self.columns not in (0, self.k) else ""
         weight = f"s{widths}_g{self.group}_k{self.k}{columns}_{self.layout}"
         return f"{self.family}__{weight}_{self.activation}{parts}{network}{marks}{early}_{tile}"

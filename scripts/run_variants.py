@@ -35,7 +35,7 @@ def integer_path(device: str) -> list[str]:
     """Run one token, a small batch and siblings of every spec, 16-bit activations and 8-bit ones."""
     wrong = []
     for spec in SPECS:
-        for tokens in (1, 9):
+        for tokens in (1, 5, 9, 20):
             case = integer_case(spec, tokens, ROWS, COLUMNS, bias=True, device=device)
             name = f"{spec_id(spec)}, {tokens} tokens"
             wrong += check(name, wiring.routed_linear(*case.arguments, spec), case)

@@ -243,11 +243,13 @@ def check_combined_codes(spec: SliceSpec, count: int, together: bool, where: str
     wanted = torch.zeros(ROWS, groups + 1, spec.group, dtype=torch.uint8)
     wanted[:rows, :groups] = unpack(case.slices, spec, count).view(rows, groups, spec.group)
     arguments = (spec.widths, str(spec.layout), spec.group, groups * spec.group)
+    spare = device.spare_bits(spec.widths, str(spec.layout), count)
     for pair in range(2):
         out = torch.full((spec.group // 8, LANES), -1, dtype=torch.int32, device=where)
         slices = case.slices.to(where)
         codes_kernel[(1,)](slices, out, rows, pair, count, *arguments, together, emulate, num_warps=1)
-        found = bytes_of(out, signed=False)  # [word, lane, byte]
+        found = bytes_of(out, signed=False) >> spare  # [word, lane, byte]
+        assert torch.equal(found << spare, bytes_of(out, signed=False)), "spare bits are 0"
         both = wanted[:, 2 * pair : 2 * pair + 2]
         if together:  # lanes in their order share both groups
             order = both.reshape(ROWS, 4, spec.group // 8, 4)

@@ -66,8 +66,7 @@ class TokenClass(StrEnum):
     ONE = "1"
     FEW = "2..8"
     SOME = "9..16"
-    MANY = "17..32"
-    BATCH = "33.."
+    MANY = "17.."
 
     @classmethod
     def of(cls, tokens: int) -> TokenClass:
@@ -90,6 +89,7 @@ class Tile:
     num_warps: int
     max_registers: int = 0
     block_r: int = 1
+    row_tiles: int = 1
 
 
 # Best first; a later line needs less. Measured on an H100 (benchmarks/results/h100/linear.json has what they give).
@@ -97,9 +97,9 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.SLICED_MMA, TokenClass.ONE): (Tile(1, 16, 32, 8, 128),),
     (Family.SLICED_MMA, TokenClass.FEW): (Tile(8, 16, 32, 8, 128),),
     (Family.SLICED_MMA, TokenClass.SOME): (Tile(16, 16, 32, 8, 128),),
-    # Warps of two times 16 rows meet the same activations in L1; more rows were no faster, and fill a GPU less evenly.
-    (Family.SLICED_MMA, TokenClass.MANY): (Tile(32, 32, 32, 16, 128),),
-    (Family.SLICED_MMA, TokenClass.BATCH): (Tile(32, 32, 32, 8, 128),),
+    # Two tiles of rows a warp halve what comes from L1, and give registers enough to load a step ahead. Four warps with
+    # two programs a multiprocessor are as fast where there are many programs, and far slower where there are few.
+    (Family.SLICED_MMA, TokenClass.MANY): (Tile(32, 32, 32, 8, 255, row_tiles=2),),
     # Four runs of 1024 columns: a lane has four octets, whose loads are in flight together.
     (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
     (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(2, 1, 1024, 4),),
@@ -176,16 +176,15 @@ def kernel_spec(
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
 
-    The choice depends on nothing but the arguments, so that the same kernels can be warmed up ahead. Options that a
-    family does not have are left out. Of `n`, the output rows of all weights of a launch, counts whether they are few;
-    `hidden` is the width of a trained router, and `long` calls have more than `PREFILL_TOKENS` tokens.
+    By the arguments alone, so that kernels can be warmed up. Options that a family does not have are left out. Of `n`,
+    the output rows of all weights, counts whether they are few; `hidden` is a trained router's width, `long` calls
+    have more than `PREFILL_TOKENS` tokens.
 
     Raises:
         KernelDoesNotFit: no tile fits the target.
     """
-    assert family is not Family.SLICED_WGMMA, "wgmma_spec chooses it"
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
-    hidden = hidden if route and first else 0
+    hidden *= route and first
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
     early = _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
     specs = (
@@ -204,6 +203,7 @@ def kernel_spec(
             columns=k if first else 0,
             block_m=tile.block_m,
             block_n=tile.block_n,
+            row_tiles=tile.row_tiles,
             block_w=tile.block_w,
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
@@ -219,6 +219,7 @@ def kernel_spec(
 
 
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
+    assert family is not Family.SLICED_WGMMA, "wgmma_spec chooses it"
     if family is Family.ROUTE_QUANTIZE:
         # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
         warps = 4 if k <= _LONG else 8

@@ -217,9 +217,20 @@ def same_width(widths, layout, count):
 
 
 @triton.constexpr_function
-def power_of_two_below(value):
-    """Return the greatest power of two that is at most `value`."""
-    return 1 << (value.bit_length() - 1)
+def units_joined(width, units):
+    """Return how many units of `width` bits are joined at once.
+
+    All, made a power of two by empty ones, if 8 bits hold them; else the greatest power of two that is at most `units`.
+    """
+    whole = 1 << max(0, units - 1).bit_length()
+    return whole if whole * width <= 8 else 1 << (units.bit_length() - 1)
+
+
+@triton.constexpr_function
+def spare_bits(widths, layout, count):
+    """Return how many bits empty units leave below the codes that `combined_codes` makes of `count` slices."""
+    width, units = same_width(widths, layout, count), units_before(widths, layout, count)
+    return width * max(0, units_joined(width, units) - units) if width else 0
 
 
 @triton.constexpr_function
@@ -291,19 +302,23 @@ def combined_codes(
     Args: words holds, from FIRST on, a tuple for each packed unit; WHICH is the group of a pair whose words they are,
         as `split_words` gives them, or -1 where the tuple is the words themselves.
 
-    Returns COLUMNS / 16 int32 [THREADS].
+    Returns COLUMNS / 16 int32 [THREADS], codes times two to the power of `spare_bits`: joining three units as four of
+        which one is empty takes fewer instructions than joining two and appending the third.
     """
     UNITS: tl.constexpr = units_before(WIDTHS, LAYOUT, COUNT)
     WIDTH: tl.constexpr = same_width(WIDTHS, LAYOUT, COUNT)
     codes = ()
     if WIDTH > 0:
-        JOINED: tl.constexpr = power_of_two_below(UNITS)
+        JOINED: tl.constexpr = units_joined(WIDTH, UNITS)
         FIELD: tl.constexpr = WIDTH * JOINED
         places = ()  # for each word of a lane, the joined words
         for word in tl.static_range(max_int(words_per_lane(WIDTH, COLUMNS), 1)):
             column = ()
             for unit in tl.static_range(JOINED):
-                column = column + (lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[word],)
+                if unit < UNITS:
+                    column = column + (lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[word],)
+                else:
+                    column = column + (tl.zeros_like(t),)
             places = places + (join_units(column, WIDTH, JOINED, EMULATE),)
         for j in tl.static_range(COLUMNS // 16):
             code = places[j // (8 // WIDTH)][(j % (8 // WIDTH)) % JOINED]

@@ -14,8 +14,11 @@ import triton.language as tl
 
 @triton.jit
 def _load_vector(ptr, COUNT: tl.constexpr, INSTRUCTION: tl.constexpr, EMULATE: tl.constexpr):
-    """Load COUNT (1, 2 or 4) consecutive words a thread by one instruction; of one word, by Triton's own load."""
-    if EMULATE or COUNT == 1:
+    """Load COUNT (1, 2 or 4) consecutive words a thread by one instruction.
+
+    Never by Triton's own load: a compiler pass of it takes time that grows with the square of their number.
+    """
+    if EMULATE:
         words = ()
         for j in tl.static_range(COUNT):
             words = words + (tl.load(ptr + j).to(tl.int32, bitcast=True),)
@@ -28,7 +31,7 @@ def _load_vector(ptr, COUNT: tl.constexpr, INSTRUCTION: tl.constexpr, EMULATE: t
             is_pure=False,
             pack=1,
         )
-    else:
+    elif COUNT == 2:
         words = tl.inline_asm_elementwise(
             INSTRUCTION + ".v2.b32 {$0, $1}, [$2];",
             "=r,=r,l",
@@ -37,6 +40,11 @@ def _load_vector(ptr, COUNT: tl.constexpr, INSTRUCTION: tl.constexpr, EMULATE: t
             is_pure=False,
             pack=1,
         )
+    else:
+        word = tl.inline_asm_elementwise(
+            INSTRUCTION + ".b32 $0, [$1];", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+        words = (word,)
     return words
 
 
@@ -67,7 +75,7 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
     Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, and mask [THREADS]; returns a tuple of int32 [THREADS].
     """
-    if EMULATE or COUNT == 1:
+    if EMULATE:
         words = ()
         for j in tl.static_range(COUNT):
             word = tl.load(ptr + j, mask=mask, other=0)
@@ -82,7 +90,7 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-    else:
+    elif COUNT == 2:
         words = tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
             "=&r,=&r,l,r",
@@ -91,7 +99,67 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+    else:
+        word = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&r,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        words = (word,)
     return words
+
+
+@triton.jit
+def load_elements(ptr, mask, EMULATE: tl.constexpr):
+    """Load an element of 16 or 32 bits a thread, 0 where the mask is false; not by Triton, see `_load_vector`."""
+    WIDE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
+    if EMULATE:
+        value = tl.load(ptr, mask=mask, other=0.0)
+    elif WIDE:
+        value = load_words(ptr, mask, 1, EMULATE)[0].to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; mov.b16 h, 0; @p ld.global.b16 h, [$1];"
+            " cvt.u32.u16 $0, h; }",
+            "=&r,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        value = bits.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+    return value
+
+
+@triton.jit
+def store_elements(ptr, value, mask, EMULATE: tl.constexpr):
+    """Store an element of 16 or 32 bits a thread where the mask is true; not by Triton, see `_load_vector`."""
+    WIDE: tl.constexpr = value.dtype.primitive_bitwidth == 32
+    if EMULATE:
+        tl.store(ptr, value, mask=mask)
+    elif WIDE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; @p st.global.b32 [$1], $2; }",
+            "=&r,l,r,r",
+            [ptr.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; cvt.u16.u32 h, $2;"
+            " @p st.global.b16 [$1], h; }",
+            "=&r,l,r,r",
+            [ptr.to(tl.int64), bits, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

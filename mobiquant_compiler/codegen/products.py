@@ -116,24 +116,26 @@ def load_token_pair(
     ACTIVATION: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Load the bytes of one token for a pair of groups, the first in column 0 of the product, the second in column 1.
+    """Load the bytes of one token for a pair of groups; returns GROUP / 8 int32 [THREADS], as `token_products` wants.
 
-    Lanes 0 and 1 of a quad then multiply the first group, lanes 2 and 3 the second: words stay where they were loaded.
+    A product of one token has columns to spare. Lanes 0 and 1 of a quad multiply the first group, lanes 2 and 3 the
+    second, so words stay where they were loaded: columns 0 and 1 are the high and the low half of the first group,
+    columns 2 and 3 those of the second. Of a8 column 0 is the first group and column 1 the second.
     """
     high_ptr, low_ptr, _ = acts
     column = lane // 4
-    here = (column == (lane % 4) // 2) & (2 * pair + column < K_PADDED // GROUP)
-    high = ()
-    low = ()
+    which = column
+    ptr = high_ptr
+    if ACTIVATION == "a16":
+        which = column // 2
+        ptr = tl.where(column % 2 == 0, high_ptr, low_ptr)
+    here = (which == (lane % 4) // 2) & (2 * pair + which < K_PADDED // GROUP)
+    tokens = ()
     # Lanes 0 and 2 have the first half of a group's columns, quarters 0 and 1; lanes 1 and 3 the second.
     for half in tl.static_range(2):
         slot = fragments.quarter_of_lane((lane % 2) * 2 + half)
-        high = high + activations.load_activation(high_ptr, 2 * pair + column, slot, here, GROUP, True, EMULATE)
-        if ACTIVATION == "a16":
-            low = low + activations.load_activation(low_ptr, 2 * pair + column, slot, here, GROUP, True, EMULATE)
-    if ACTIVATION == "a8":
-        low = high
-    return high, low
+        tokens = tokens + activations.load_activation(ptr, 2 * pair + which, slot, here, GROUP, True, EMULATE)
+    return tokens
 
 
 @triton.jit
@@ -158,6 +160,21 @@ def half_products(upper_codes, lower_codes, tokens, EMULATE: tl.constexpr):
         odd = add_products((zero, zero, zero, zero), upper_codes, lower_codes, tokens, 1, 2, EMULATE)
         dots = (dots[0] + odd[0], dots[1] + odd[1], dots[2] + odd[2], dots[3] + odd[3])
     return dots
+
+
+@triton.jit
+def token_products(upper_codes, lower_codes, tokens, ACTIVATION: tl.constexpr, EMULATE: tl.constexpr):
+    """Multiply 16 rows by one token exactly; returns row g by the first and the second group, then row g + 8 by them.
+
+    Lane 0 of a quad holds what the docstring says; the others take part only.
+    """
+    d0, d1, d2, d3 = half_products(upper_codes, lower_codes, tokens, EMULATE)
+    if ACTIVATION == "a16":
+        # Lane 0 has both halves of the first group, lane 1 those of the second.
+        upper, lower = (d0 << 8) + d1, (d2 << 8) + d3
+        d0, d1 = upper, fragments.from_lanes_away(upper, 1, EMULATE)
+        d2, d3 = lower, fragments.from_lanes_away(lower, 1, EMULATE)
+    return d0, d1, d2, d3
 
 
 @triton.jit
@@ -187,18 +204,9 @@ def products_in_turn(upper_codes, lower_codes, high, low, ACTIVATION: tl.constex
 
 @triton.jit
 def block_products(
-    upper_codes,
-    lower_codes,
-    acts,
-    at,
-    lane,
-    IN_TURN: tl.constexpr,
-    GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EMULATE: tl.constexpr,
+    upper_codes, lower_codes, high, low, IN_TURN: tl.constexpr, ACTIVATION: tl.constexpr, EMULATE: tl.constexpr
 ):
     """Multiply 16 rows by a block of eight tokens exactly; IN_TURN where other blocks or slices fill the waits."""
-    high, low = load_block(acts, at, lane, GROUP, ACTIVATION, EMULATE)
     if IN_TURN:
         dots = products_in_turn(upper_codes, lower_codes, high, low, ACTIVATION, EMULATE)
     else:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mobiquant_compiler.codegen import fragments
+
 
 @triton.constexpr_function
 def shrink_at(widths, count):
@@ -47,10 +49,11 @@ def load_scales(
     GROUPS: tl.constexpr = K_PADDED // GROUP
     at = ptr + row * GROUPS + pair * 2
     if GROUPS % 2 == 0 and ptr.dtype.element_ty.primitive_bitwidth == 16 and not EMULATE:
+        # By way of the L1 cache: eight warps read one sector of a row.
         if CHECKED:
-            both = tl.load(at.to(tl.pointer_type(tl.int32)), mask=pair * 2 < GROUPS, other=0)
+            both = fragments.load_words(at, pair * 2 < GROUPS, 1, EMULATE)[0]
         else:
-            both = tl.load(at.to(tl.pointer_type(tl.int32)))
+            both = fragments.read_words(at, 1, EMULATE)[0]
         first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
         second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
     else:

@@ -16,7 +16,10 @@ from mobiquant_compiler.spec import Family, KernelSpec
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
 # Modules of jitted functions that templates call.
-_SHARED = ("fragments", "activations", "networks", "operands", "device", "scaling", "products", "chains", "tiles")
+_SHARED = (
+    *("fragments", "activations", "networks", "operands", "device"),
+    *("scaling", "products", "steps", "chains", "tiles"),
+)
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
 
@@ -40,6 +43,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "PREFETCH": spec.prefetch,
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
+        "ROW_TILES": spec.row_tiles,
         "BLOCK_W": spec.block_w,
         "BLOCK_R": spec.block_r,
         "NUM_WARPS": spec.num_warps,

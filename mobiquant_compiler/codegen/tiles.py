@@ -3,12 +3,18 @@
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, fragments, scaling
+from mobiquant_compiler.codegen import chains, fragments, scaling, steps
 
 
 @triton.jit
 def store_block(
-    sums, place, HAS_BIAS: tl.constexpr, ONE: tl.constexpr, ROW_WARPS: tl.constexpr, NUM_WARPS: tl.constexpr
+    sums,
+    place,
+    HAS_BIAS: tl.constexpr,
+    ONE: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     """Sum the warps of the same rows, add the bias, and write a block of eight tokens by the program's rows.
 
@@ -30,18 +36,19 @@ def store_block(
     row = program_row + offs % ROWS
     token = block * 8 + offs // ROWS * (3 - SIDES)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
+        y += fragments.load_elements(bias_ptr + row, row < n_rows, EMULATE).to(tl.float32)
     at = token.to(tl.int64) * n_rows + row
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < n_rows) & (token < tokens))
+    value = y.to(y_ptr.dtype.element_ty)
+    fragments.store_elements(y_ptr + at, value, (row < n_rows) & (token < tokens), EMULATE)
 
 
 @triton.jit
-def shrinks_of(counts_ptr, first_block, t, tokens, SPAN: tl.constexpr, WIDTHS: tl.constexpr):
+def shrinks_of(counts_ptr, first_block, t, tokens, SPAN: tl.constexpr, WIDTHS: tl.constexpr, EMULATE: tl.constexpr):
     """Return how much smaller than the base step those of a lane's tokens are, two a block; float32 each."""
     shrinks = ()
     for place in tl.static_range(2 * SPAN):
         token = (first_block + place // 2) * 8 + 2 * t + place % 2
-        own = tl.load(counts_ptr + token, mask=token < tokens, other=1)
+        own = fragments.load_words(counts_ptr + token, token < tokens, 1, EMULATE)[0]  # 0, as 1, is the base alone
         shrink = tl.full(t.shape, 1.0, tl.float32)
         for count in tl.static_range(2, len(WIDTHS) + 1):
             shrink = tl.where(own >= count, scaling.shrink_at(WIDTHS, count), shrink)
@@ -56,6 +63,7 @@ def multiply_program(
     tile,
     BLOCKS: tl.constexpr,
     ROW_WARPS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
     ONE: tl.constexpr,
@@ -70,7 +78,8 @@ def multiply_program(
 ):
     """Multiply a program's BLOCKS blocks of eight tokens by its rows and write the result; see `chains.warp_sums`.
 
-    Tokens that are ALIKE are multiplied together, others a few blocks at a time.
+    Tokens that are ALIKE are multiplied together, others a few blocks at a time. Each of ROW_WARPS warps side by side
+    has ROW_TILES tiles of 16 rows, and multiplies all of them by what it loads of a token.
 
     Args: acts are the pointers (high, low, affine), weight those (slices, scale, zero, bias); tile is (pointer to
         counts, pointer to the output, first row, thread numbers, the largest count, tokens, rows in all).
@@ -81,7 +90,9 @@ def multiply_program(
     CHAINS: tl.constexpr = 8 * ROW_WARPS // NUM_WARPS
     all_blocks = tl.cdiv(tokens, 8)
     warp = tid // 32
-    row = program_row + warp % ROW_WARPS * 16 + tid % 32 // 4
+    rows = ()
+    for tile in tl.static_range(ROW_TILES):
+        rows = rows + (program_row + (tile * ROW_WARPS + warp % ROW_WARPS) * 16 + tid % 32 // 4,)
     first_chain = warp // ROW_WARPS * CHAINS
     for start in tl.range(0, BLOCKS, SPAN):
         first_block = tl.program_id(0) * BLOCKS + start
@@ -91,8 +102,8 @@ def multiply_program(
             numbers = numbers + (tl.minimum(first_block + block, all_blocks - 1),)
         shrinks = ()
         if not ALIKE:
-            shrinks = shrinks_of(counts_ptr, first_block, tid % 4, tokens, SPAN, WIDTHS)
-        operands = (acts, weight[:3], (tid, row, (numbers, all_blocks), shrinks, most, n_rows))
+            shrinks = shrinks_of(counts_ptr, first_block, tid % 4, tokens, SPAN, WIDTHS, EMULATE)
+        operands = (acts, weight[:3], (tid, rows, (numbers, all_blocks), shrinks, most, n_rows))
         sums = chains.warp_sums(
             operands,
             first_chain,
@@ -109,8 +120,10 @@ def multiply_program(
             EMULATE,
         )
         for block in tl.static_range(SPAN):
-            own = sums
-            if SPAN > 1:
-                own = sums[4 * block : 4 * block + 4]
-            place = (y_ptr, weight[3], program_row, first_block + block, tokens, n_rows)
-            store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS)
+            for tile in tl.static_range(ROW_TILES):
+                own = sums
+                if SPAN * ROW_TILES > 1:
+                    own = steps.four_of(sums, block * ROW_TILES + tile)
+                tile_row = program_row + tile * (16 * ROW_WARPS)
+                place = (y_ptr, weight[3], tile_row, first_block + block, tokens, n_rows)
+                store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS, EMULATE)

@@ -119,6 +119,22 @@ def test_every_tile_gives_one_token_the_same_bits(spec: SliceSpec, activation: A
             assert torch.equal(found, wanted), f"{count} slices by a kernel for {tokens} tokens and {rows} rows"
 
 
+@pytest.mark.parametrize("spec", SOME_SPECS, ids=spec_id)
+@pytest.mark.parametrize(("tokens", "rows", "warps"), [(8, 32, 8), (16, 32, 4), (32, 64, 8), (8, 64, 4)])
+def test_warps_of_two_tiles_of_rows_give_the_same_bits(spec: SliceSpec, tokens: int, rows: int, warps: int) -> None:
+    case = many(spec, 19, n=37)
+    quantizer = prepare_kernel(spec, case.x.shape[-1], TARGET, Activation.A16, route=False, quantize=True)
+    prepared = launch.prepare(quantizer, case.x, counts=case.counts)
+    weight = Weight(case.slices, case.scale, case.zero, case.bias)
+    many_tokens = TokenClass.of(tokens)
+    shipped = kernel_spec(Family.SLICED_MMA, spec, STEPS * spec.group, many_tokens, TARGET, has_bias=True, emulate=True)
+    kernel = cache.load(replace(shipped, block_m=tokens, block_n=rows, row_tiles=2, num_warps=warps))
+    for counts in (case.counts.clone(), torch.full_like(case.counts, spec.num_slices)):
+        case.counts.copy_(counts)
+        found = launch.multiply(kernel, wiring.with_counts(prepared, counts), [weight])[0]
+        assert torch.equal(found, run(case)), f"counts {counts.tolist()}"
+
+
 def test_the_order_of_sums_is_that_of_chains() -> None:
     """What bits are, not only that they agree: pairs of groups dealt to eight chains, chains summed in fixed order."""
     spec = SliceSpec((2, 2), 32, SLICE)

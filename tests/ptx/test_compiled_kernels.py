@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from mobiquant_compiler.codegen import cache as kernels
+from mobiquant_compiler.codegen.chains import loads_ahead
 from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, kernel_spec, shared_bytes
+from mobiquant_compiler.codegen.device import all_shared
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.codegen.specialise import bindings, template_path
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
@@ -37,8 +39,7 @@ KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
     "many_tokens": (MMA, MANY, {}),
     "many_tokens_siblings": (MMA, MANY, {"parts": 4, "has_bias": True}),
     "two_blocks": (MMA, TokenClass.SOME, {}),
-    "sixteen_warps": (MMA, TokenClass.MANY, {"has_bias": True}),
-    "chains_in_turn": (MMA, TokenClass.BATCH, {}),
+    "two_tiles_of_rows": (MMA, TokenClass.MANY, {"has_bias": True}),
 }
 WORDS = re.compile(r"ld\.global\.nc\.L1::no_allocate\.(?:v(\d)\.)?b32")  # what reads weights, once
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
@@ -112,21 +113,31 @@ def word_bytes(spec: KernelSpec) -> int:
     return sum(4 * int(lanes or 1) for lanes in WORDS.findall(ptx_of(spec)))
 
 
-@pytest.mark.parametrize("tokens", [ONE, MANY])
-@pytest.mark.parametrize("layout", list(Layout))
+def copies(spec: KernelSpec, count: int, *, alike: bool = True) -> int:
+    """Return how often a step stands in the body of a count: the last one apart, where loads run ahead of products."""
+    one = spec.block_m == 1 and all_shared(spec.widths, str(spec.layout), spec.group)
+    blocks = (spec.block_m + 7) // 8
+    steps = (spec.k // spec.group + 15) // 16
+    return 1 + loads_ahead(spec.row_tiles, blocks, one, alike, sum(spec.widths[:count]), steps)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"), [(Layout.SLICE_MAJOR, ONE), (Layout.SLICE_MAJOR, MANY), (Layout.BIT_MAJOR, MANY)]
+)
 def test_loads_of_words_grow_linearly_with_the_slices_used(layout: Layout, tokens: TokenClass) -> None:
     """A kernel has bodies by slice count; what a further slice adds grows by one slice's words a time."""
-    loads = [word_bytes(multiply_spec(SliceSpec((2,) * slices, 128, layout), tokens)) for slices in range(1, 5)]
-    bodies = [b - a for a, b in pairwise([0, *loads])]
-    assert bodies[1] > 0
-    assert [2 * body for body in bodies[1:]] == [count * bodies[1] for count in (2, 3, 4)]
+    specs = [multiply_spec(SliceSpec((2,) * slices, 128, layout), tokens) for slices in range(1, 5)]
+    bodies = [b - a for a, b in pairwise([0, *map(word_bytes, specs)])]
+    steps = [body // copies(specs[-1], count) for count, body in enumerate(bodies, 1)]
+    assert steps[1] > 0
+    assert [2 * step for step in steps[1:]] == [count * steps[1] for count in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("weight", [SliceSpec((2,), 128), SliceSpec((2,), 64), SliceSpec((4,), 64)], ids=spec_id)
 def test_no_word_is_loaded_twice(weight: SliceSpec) -> None:
     spec = multiply_spec(weight, ONE)
     tile = spec.block_n * 2 * weight.group  # weights of a pair of groups, shared by the lanes of a warp
-    assert word_bytes(spec) == tile * weight.total_bits // 8 // 32
+    assert word_bytes(spec) == copies(spec, weight.num_slices) * tile * weight.total_bits // 8 // 32
 
 
 @pytest.mark.parametrize(
@@ -153,10 +164,19 @@ def test_loads_are_predicated_where_chains_do_not_come_out_even() -> None:
     assert re.search(r"@p ld\.global\.v4\.b32", ptx_of(spec))
 
 
-@pytest.mark.parametrize("tokens", [ONE, MANY])
-def test_eight_bit_activations_halve_the_products(tokens: TokenClass) -> None:
-    counts = {a: ptx_of(multiply_spec(TWO, tokens, activation=a)).count(MULTIPLY) for a in Activation}
+def products_by_activation(tokens: TokenClass) -> dict[Activation, int]:
+    """Return how many products stand in the kernels of both widths of activations."""
+    return {a: ptx_of(multiply_spec(TWO, tokens, activation=a)).count(MULTIPLY) for a in Activation}
+
+
+def test_eight_bit_activations_halve_the_products_of_many_tokens() -> None:
+    counts = products_by_activation(MANY)
     assert counts[Activation.A16] == 2 * counts[Activation.A8] > 0
+
+
+def test_both_halves_of_one_token_are_columns_of_one_product() -> None:
+    counts = products_by_activation(ONE)
+    assert counts[Activation.A16] == counts[Activation.A8] > 0
 
 
 @pytest.mark.parametrize("tokens", [ONE, MANY])
@@ -228,11 +248,15 @@ def test_contraction_is_only_where_it_is_written(weight: SliceSpec) -> None:
             spec = multiply_spec(weight, tokens, activation=activation)
             assert kernels.options(spec)["enable_fp_fusion"] is False
             ptx = ptx_of(spec)
-            alike, mixed = weight.num_slices, weight.num_slices - 1 if tokens is MANY else 0  # bodies of the kernel
+            counts = range(1, weight.num_slices + 1)
+            alike = [copies(spec, count) for count in counts]  # steps that stand in the bodies of the kernel
+            mixed = [copies(spec, count, alike=False) for count in counts[1:]] if tokens is MANY else []
             sums = 4 if tokens is ONE and shares_runs(weight) else 8  # a lane's additions to them in a pair of groups
-            assert len(re.findall(r"cvt\.rn\.f32\.s32", ptx)) == (alike + mixed) * sums
-            grids = 4 * (alike - 1) + 8 * mixed  # of two rows and groups, and of two tokens; one slice has the base's
-            assert ptx.count("fma.rn.f32") == 2 * (alike + mixed) * sums + grids
+            steps = sum(alike) + sum(mixed)
+            assert len(re.findall(r"cvt\.rn\.f32\.s32", ptx)) == steps * sums
+            grids = 4 * sum(alike[1:]) + 8 * sum(mixed)  # of two rows and groups, and tokens; one slice has the base's
+            fused = ptx.count("fma.rn.f32")  # LLVM computes a grid once for a loop's end and the step behind it
+            assert 2 * steps * sums < fused <= 2 * steps * sums + grids
             assert "fma.rn.ftz" not in ptx
 
 

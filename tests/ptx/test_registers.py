@@ -40,10 +40,10 @@ def disassembled(spec: KernelSpec, cc: int, cuobjdump: str, what: str) -> str:
 
 
 def shipped(weight: SliceSpec, tokens: int, cc: int, activation: Activation = Activation.A16) -> KernelSpec:
-    """Return the kernel that the table names, with a bias."""
+    """Return the kernel that the table names, with a bias; of so many columns that each chain is a loop."""
     token_class, target = TokenClass.of(tokens), Target.of(cc)
     return kernel_spec(
-        Family.SLICED_MMA, weight, 4096, token_class, target, n=4096, activation=activation, has_bias=True
+        Family.SLICED_MMA, weight, 8192, token_class, target, n=4096, activation=activation, has_bias=True
     )
 
 
@@ -75,7 +75,7 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
     assert len(bodies) >= weight.num_slices, "a body per count"
     for body in bodies:
         stored, loaded = spills(body)
-        assert stored <= 0.01 * len(body), f"{stored} stores of {len(body)} instructions"
+        assert stored <= 0.02 * len(body), f"{stored} stores of {len(body)} instructions"
         assert loaded <= 0.02 * len(body), f"{loaded} loads of {len(body)} instructions"
 
 
@@ -83,7 +83,8 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
 def test_loops_over_tokens_that_are_alike_keep_their_work_in_registers(tokens: int, cuobjdump: str) -> None:
     """A body a count; those for unlike tokens need more than there is."""
     spec = shipped(SliceSpec(), tokens, 90)
-    products = spec.block_m // 8 * 16  # a pair of groups of 128 columns: 8 products a group, for each block of tokens
+    # A pair of groups of 128 columns: 8 products a group, for each block of tokens and tile of rows.
+    products = spec.block_m // 8 * spec.row_tiles * 16
     alike = [
         loop for loop in loops(disassembled(spec, 90, cuobjdump, "-sass")) if sum("IMMA" in i for i in loop) == products
     ]
@@ -99,7 +100,8 @@ def test_registers_stay_within_the_limit_of_the_table(tokens: int, cc: int, cuob
     usage = disassembled(spec, cc, cuobjdump, "-res-usage")
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     assert registers <= (spec.max_registers or 255)
-    assert 65536 // (registers * 32) >= 16, "sixteen warps share a multiprocessor"
+    warps = 8 if spec.row_tiles == 2 else 16
+    assert 65536 // (registers * 32) >= warps, "so many warps share a multiprocessor"
     assert int(re.search(r"STACK:(\d+)", usage)[1]) <= (128 if tokens <= 8 else 512)
 
 

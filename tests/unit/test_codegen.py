@@ -122,9 +122,9 @@ def test_waiting_is_for_kernels_that_overlap() -> None:
     ("family", "change", "message"),
     [
         (MMA, {"block_m": 4}, "a program has one token, or blocks of eight"),
-        (MMA, {"block_n": 8}, "a warp has 16 rows"),
-        (MMA, {"block_n": 16, "num_warps": 16}, "2 to 8 warps share 16 rows"),
-        (MMA, {"block_n": 128, "num_warps": 8}, "2 to 8 warps share 16 rows"),
+        (MMA, {"block_n": 8}, "a warp has tiles of 16 rows"),
+        (MMA, {"block_m": 1, "block_n": 32, "row_tiles": 2}, "a warp has tiles of 16 rows"),
+        (MMA, {"block_n": 128, "num_warps": 8}, "2 to 8 warps share"),
         (FIRST, {"block_w": 64}, "a program quantizes whole groups"),
         (FIRST, {"block_m": 4}, "a data-free router has a program for every token"),
         (FIRST, {"hidden": 12, "block_r": 64}, "a step gives two columns to each thread"),
@@ -319,6 +319,7 @@ def test_names_differ_where_specs_differ() -> None:
         "hidden": 12,
         "block_m": 32,
         "block_n": 32,
+        "row_tiles": 2,
         "block_w": 256,
         "block_r": 64,
         "num_warps": 2,
@@ -332,8 +333,7 @@ def test_names_differ_where_specs_differ() -> None:
         "emulate": True,
     }
     assert set(changes) == set(spec.describe()), "every field"
-    names = {replace(spec, **{name: value}).name for name, value in changes.items()}
-    assert len(names | {spec.name}) == len(changes) + 1
+    assert len({spec.name, *(replace(spec, **{k: v}).name for k, v in changes.items())}) == len(changes) + 1
 
 
 def test_emit_writes_the_text_once(tmp_path: Path) -> None:

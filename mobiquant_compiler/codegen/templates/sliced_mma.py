@@ -98,6 +98,7 @@ def sliced_mma(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -106,7 +107,7 @@ def sliced_mma(
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
     A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
-    16 rows, all tokens, and its share of the eight chains; warps of other rows meet the same activations in L1.
+    one or two tiles of 16 rows, all tokens, and its share of the eight chains; other warps meet activations in L1.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
@@ -121,10 +122,12 @@ def sliced_mma(
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
     tl.static_assert(PARTS >= 1 and PARTS <= 4, "one launch serves 1 to 4 weights")
     tl.static_assert(BLOCK_M == 1 or BLOCK_M % 8 == 0, "a program has one token, or blocks of eight")
-    tl.static_assert(BLOCK_N % 16 == 0, "a warp has 16 rows")
-    tl.static_assert(NUM_WARPS * 16 <= 8 * BLOCK_N and NUM_WARPS * 16 >= 2 * BLOCK_N, "2 to 8 warps share 16 rows")
+    tl.static_assert(BLOCK_N % (16 * ROW_TILES) == 0 and (ROW_TILES == 1 or BLOCK_M > 1), "a warp has tiles of 16 rows")
+    tl.static_assert(
+        2 * ROW_TILES * NUM_WARPS <= BLOCK_N and 8 * ROW_TILES * NUM_WARPS >= BLOCK_N, "2 to 8 warps share"
+    )
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
-    # One token needs no share of words between lanes where a quad's lanes can multiply two groups at once.
+    # One token needs no share of words between lanes where a quad multiplies two groups at once.
     ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
@@ -138,7 +141,6 @@ def sliced_mma(
     n_rows = of_part(part=part, p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
     if HAS_BIAS:
         bias_ptr = of_part(part=part, p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
-
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
     if OVERLAP:
@@ -149,14 +151,11 @@ def sliced_mma(
                 slices_ptr, program_row, tid, n_rows, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
             )
         gdc_wait()
-
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
         # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
         for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
-            taken = True
-            if BODIES:
-                taken = most == count
+            taken = most == count if BODIES else True
             if BODIES and BLOCK_M > 1 and count > 1:
                 taken = taken & ((least == most) == (alike == 1))
             if taken:
@@ -165,7 +164,8 @@ def sliced_mma(
                     (slices_ptr, scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else y_ptr),
                     (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
                     (BLOCK_M + 7) // 8,
-                    BLOCK_N // 16,
+                    BLOCK_N // (16 * ROW_TILES),
+                    ROW_TILES,
                     count,
                     BODIES,
                     ONE,

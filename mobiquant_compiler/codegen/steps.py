@@ -1,0 +1,303 @@
+"""What one pair of groups adds to the sums of one token, or of several blocks of eight tokens.
+
+Names are those of `products`. Tuples hold four sums for each block of tokens and, in it, each tile of 16 rows.
+"""
+
+import triton
+import triton.language as tl
+
+from mobiquant_compiler.codegen import device, products, scaling
+
+
+@triton.jit
+def without_spare(dots, SPARE: tl.constexpr):
+    """Return dot products of codes where those of codes times ``2**SPARE`` are given; nothing is rounded."""
+    if SPARE > 0:
+        dots = (dots[0] >> SPARE, dots[1] >> SPARE, dots[2] >> SPARE, dots[3] >> SPARE)
+    return dots
+
+
+@triton.jit
+def one_token_step(
+    sums,
+    acts,
+    chunk,
+    pair,
+    lane,
+    COUNT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add a pair of groups of one token, both groups in one product; returns the sums of rows g and g + 8."""
+    UNITS: tl.constexpr = device.units_before(WIDTHS, LAYOUT, COUNT)
+    SHRINK: tl.constexpr = scaling.shrink_at(WIDTHS, COUNT)
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    t = lane % 4
+    words, grids = chunk
+    tokens = products.load_token_pair(acts, pair, lane, GROUP, K_PADDED, ACTIVATION, EMULATE)
+    facts = (
+        products.load_fact(acts[2], products.existing(2 * pair, GROUPS), EMULATE),
+        products.load_fact(acts[2], products.existing(2 * pair + 1, GROUPS), EMULATE),
+    )
+    # A lane's words go on from the first group into the second: as columns of one group of twice the size.
+    upper = device.combined_codes(words, t, 0, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
+    lower = device.combined_codes(words, t, UNITS, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
+    dots = products.token_products(upper, lower, tokens, ACTIVATION, EMULATE)
+    dots = without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
+    sides = ()
+    for half in tl.static_range(2):
+        a = sums[half]
+        for which in tl.static_range(2):
+            grid = scaling.grid_at(grids[half][which], grids[half][2 + which], SHRINK, 1.0 / SHRINK)
+            a = scaling.add_group(a, dots[2 * half + which], grid, facts[which][0], facts[which][1])
+        sides = sides + (a,)
+    return sides
+
+
+@triton.jit
+def four_of(values, INDEX: tl.constexpr):
+    """Return the INDEX-th four of a tuple: a block of eight tokens by a tile of 16 rows, as a lane has it."""
+    return values[4 * INDEX : 4 * INDEX + 4]
+
+
+@triton.jit
+def add_block(sums, dots, grids, facts):
+    """Add one group's dot products of a block of eight tokens to its four sums.
+
+    grids: (scale, centre) as `scaling.add_group` wants them, for rows g and g + 8 of token 2 t, then of token 2 t + 1.
+    """
+    b0 = scaling.add_group(sums[0], dots[0], grids[0], facts[0], facts[1])
+    b1 = scaling.add_group(sums[1], dots[1], grids[2], facts[2], facts[3])
+    b2 = scaling.add_group(sums[2], dots[2], grids[1], facts[0], facts[1])
+    b3 = scaling.add_group(sums[3], dots[3], grids[3], facts[2], facts[3])
+    return b0, b1, b2, b3
+
+
+@triton.jit
+def alike_group(
+    sums,
+    acts,
+    words,
+    grids,
+    ats,
+    lane,
+    COUNT: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add one group of tokens that all use COUNT slices: the codes of all of them are one integer.
+
+    A block's activations are loaded once for all tiles of rows.
+    """
+    UNITS: tl.constexpr = device.units_before(WIDTHS, LAYOUT, COUNT)
+    SHRINK: tl.constexpr = scaling.shrink_at(WIDTHS, COUNT)
+    TILES: tl.constexpr = len(words)
+    IN_TURN: tl.constexpr = len(ats) * TILES > 1
+    t = lane % 4
+    codes = ()
+    centres = ()
+    for tile in tl.static_range(TILES):
+        for half in tl.static_range(2):
+            own = device.combined_codes(words[tile], t, half * UNITS, WHICH, COUNT, GROUP, WIDTHS, LAYOUT, EMULATE)
+            grid = grids[tile][half]
+            codes = codes + (own,)
+            centres = centres + (scaling.grid_at(grid[WHICH], grid[2 + WHICH], SHRINK, 1.0 / SHRINK),)
+    added = ()
+    for block in tl.static_range(len(ats)):
+        high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
+        facts = products.load_facts(acts[2], ats[block], t, EMULATE)
+        for tile in tl.static_range(TILES):
+            first, second = centres[2 * tile], centres[2 * tile + 1]
+            dots = products.block_products(
+                codes[2 * tile], codes[2 * tile + 1], high, low, IN_TURN, ACTIVATION, EMULATE
+            )
+            dots = without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
+            own = four_of(sums, block * TILES + tile)
+            added = added + add_block(own, dots, (first, second, first, second), facts)
+    return added
+
+
+@triton.jit
+def append_slice(dots, more, shrinks, INDEX: tl.constexpr, WIDTHS: tl.constexpr):
+    """Append slice INDEX to a block's dot products, those of tokens that use it: codes of slices are one integer."""
+    WIDTH: tl.constexpr = WIDTHS[INDEX]
+    # Steps say how many slices are used, and take no further register.
+    LEAST: tl.constexpr = scaling.shrink_at(WIDTHS, INDEX + 1)
+    even, odd = shrinks[0] <= LEAST, shrinks[1] <= LEAST
+    d0 = tl.where(even, (dots[0] << WIDTH) + more[0], dots[0])
+    d1 = tl.where(odd, (dots[1] << WIDTH) + more[1], dots[1])
+    d2 = tl.where(even, (dots[2] << WIDTH) + more[2], dots[2])
+    d3 = tl.where(odd, (dots[3] << WIDTH) + more[3], dots[3])
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def slice_products(
+    dots,
+    acts,
+    words,
+    ats,
+    lane,
+    shrinks,
+    INDEX: tl.constexpr,
+    UNITS: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Multiply all blocks of tokens by slice INDEX alone, and append it to the dot products of those that use it."""
+    OWN: tl.constexpr = device.width_of(WIDTHS, INDEX)
+    FIRST: tl.constexpr = device.units_before(WIDTHS, LAYOUT, INDEX)
+    TILES: tl.constexpr = len(words)
+    t = lane % 4
+    codes = ()
+    for tile in tl.static_range(TILES):
+        for half in tl.static_range(2):
+            own = device.combined_codes(words[tile], t, half * UNITS + FIRST, WHICH, 1, GROUP, OWN, LAYOUT, EMULATE)
+            codes = codes + (own,)
+    appended = ()
+    for block in tl.static_range(len(ats)):
+        high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
+        for tile in tl.static_range(TILES):
+            more = products.block_products(codes[2 * tile], codes[2 * tile + 1], high, low, True, ACTIVATION, EMULATE)
+            more = without_spare(more, device.spare_bits(OWN, LAYOUT, 1))
+            if INDEX == 0:
+                appended = appended + more
+            else:
+                before = four_of(dots, block * TILES + tile)
+                appended = appended + append_slice(before, more, shrinks[2 * block : 2 * block + 2], INDEX, WIDTHS)
+    return appended
+
+
+@triton.jit
+def mixed_group(
+    sums,
+    acts,
+    words,
+    grids,
+    ats,
+    lane,
+    shrinks,
+    most,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add one group of tokens of different slice counts: a product a slice, whatever the counts, and one sum."""
+    UNITS: tl.constexpr = device.units_before(WIDTHS, LAYOUT, COUNT)
+    TILES: tl.constexpr = len(words)
+    dots = slice_products(
+        (), acts, words, ats, lane, shrinks, 0, UNITS, WHICH, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
+    )
+    for index in tl.static_range(1, COUNT):
+        needed = True
+        if not WHOLE:
+            needed = index < most
+        if needed:
+            dots = slice_products(
+                dots,
+                acts,
+                words,
+                ats,
+                lane,
+                shrinks,
+                index,
+                UNITS,
+                WHICH,
+                WIDTHS,
+                LAYOUT,
+                GROUP,
+                ACTIVATION,
+                EMULATE,
+            )
+    added = ()
+    for block in tl.static_range(len(ats)):
+        facts = products.load_facts(acts[2], ats[block], lane % 4, EMULATE)
+        for tile in tl.static_range(TILES):
+            own = ()
+            for side in tl.static_range(2):
+                shrink = shrinks[2 * block + side]
+                grow = scaling.power_of_minus(shrink)
+                for half in tl.static_range(2):
+                    grid = grids[tile][half]
+                    own = own + (scaling.grid_at(grid[WHICH], grid[2 + WHICH], shrink, grow),)
+            before = four_of(sums, block * TILES + tile)
+            added = added + add_block(before, four_of(dots, block * TILES + tile), own, facts)
+    return added
+
+
+@triton.jit
+def many_tokens_step(
+    sums,
+    acts,
+    chunks,
+    pair,
+    lane,
+    blocks,
+    shrinks,
+    most,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add a pair of groups of all blocks of tokens, each token by the codes of its own slice count.
+
+    chunks: what `products.load_chunk` gave for each tile of 16 rows. blocks: numbers of the program's blocks, and how
+    many there are in all.
+    """
+    words = ()
+    grids = ()
+    for tile in tl.static_range(len(chunks)):
+        words = words + (device.split_words(chunks[tile][0], lane % 4, COUNT, WIDTHS, LAYOUT, GROUP, 2, EMULATE),)
+        grids = grids + (chunks[tile][1],)
+    for which in tl.static_range(2):
+        first = products.existing(2 * pair + which, K_PADDED // GROUP) * blocks[1]
+        ats = ()
+        for block in tl.static_range(len(blocks[0])):
+            ats = ats + (first + blocks[0][block],)
+        if ALIKE:
+            sums = alike_group(
+                sums, acts, words, grids, ats, lane, COUNT, which, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
+            )
+        else:
+            sums = mixed_group(
+                sums,
+                acts,
+                words,
+                grids,
+                ats,
+                lane,
+                shrinks,
+                most,
+                COUNT,
+                WHOLE,
+                which,
+                WIDTHS,
+                LAYOUT,
+                GROUP,
+                ACTIVATION,
+                EMULATE,
+            )
+    return sums
