@@ -43,7 +43,8 @@ gpu: $(MODEL)  ## tests that need a CUDA device
 	$(PY) scripts/run_tests.py gpu
 
 sanitize: $(READY)  ## every kernel variant once under compute-sanitizer (needs a CUDA device)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PY) scripts/run_variants.py
+	$(PY) scripts/run_variants.py --list | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P 8 -n 1 \
+	  compute-sanitizer --error-exitcode 1 $(PY) scripts/run_variants.py
 
 golden: $(READY)  ## accept what the golden tests see now; review the diff as code
 	EXPECTTEST_ACCEPT=1 $(PY) scripts/run_tests.py golden

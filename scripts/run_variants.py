@@ -1,13 +1,18 @@
 """Run every kernel variant once on the GPU and compare it with the reference: short enough for compute-sanitizer.
 
-    make sanitize        # PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python scripts/run_variants.py
+    python scripts/run_variants.py            # all of them
+    python scripts/run_variants.py --list     # the names of parts, which may run side by side: most time is compiling
+    python scripts/run_variants.py prefill    # one of them
+    make sanitize                             # all parts under compute-sanitizer, eight at a time
 
-Without torch's caching every tensor is an allocation of its own, so that a read past one's end is seen.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every tensor an allocation of its own, so that a read past one's end is seen.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobiquant_compiler import reference, wiring
 from mobiquant_compiler.runtime import prefill
-from mobiquant_compiler.spec import Activation, Prefill
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
 
@@ -31,21 +36,20 @@ def check(name: str, got: torch.Tensor, case: Case) -> list[str]:
     )
 
 
-def integer_path(device: str) -> list[str]:
-    """Run one token, a small batch and siblings of every spec, 16-bit activations and 8-bit ones."""
+def integer_path(spec: SliceSpec, device: str) -> list[str]:
+    """Run one token, every size of small batch, and siblings of one spec, 16-bit activations and 8-bit ones."""
     wrong = []
-    for spec in SPECS:
-        for tokens in (1, 5, 9, 20):
-            case = integer_case(spec, tokens, ROWS, COLUMNS, bias=True, device=device)
-            name = f"{spec_id(spec)}, {tokens} tokens"
-            wrong += check(name, wiring.routed_linear(*case.arguments, spec), case)
-            x, counts, *weight = case.arguments
-            siblings = [[part] * 3 for part in weight]
-            for y in wiring.routed_linears(x, counts, *siblings, spec):
-                wrong += check(f"{name}, three weights", y, case)
-            y = wiring.routed_linear(*case.arguments, spec, Activation.A8)
-            if not bool(y.isfinite().all()):
-                wrong.append(f"{name}, a8: not finite")
+    for tokens in (1, 5, 9, 20):
+        case = integer_case(spec, tokens, ROWS, COLUMNS, bias=True, device=device)
+        name = f"{spec_id(spec)}, {tokens} tokens"
+        wrong += check(name, wiring.routed_linear(*case.arguments, spec), case)
+        x, counts, *weight = case.arguments
+        siblings = [[part] * 3 for part in weight]
+        for y in wiring.routed_linears(x, counts, *siblings, spec):
+            wrong += check(f"{name}, three weights", y, case)
+        y = wiring.routed_linear(*case.arguments, spec, Activation.A8)
+        if not bool(y.isfinite().all()):
+            wrong.append(f"{name}, a8: not finite")
     return wrong
 
 
@@ -95,13 +99,22 @@ def fused_prefill(device: str) -> list[str]:
     return wrong
 
 
-def main() -> int:
-    """Run all; print what went wrong."""
-    wrong = [*integer_path("cuda"), *routing_and_prefill("cuda")]
+PARTS = {spec_id(spec): partial(integer_path, spec) for spec in SPECS} | {"prefill": routing_and_prefill}
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the parts of these names, or all; print what went wrong."""
+    if "--list" in names:
+        print("\n".join(PARTS))
+        return 0
+    if unknown := [name for name in names if name not in PARTS]:
+        print(f"no part is named {unknown[0]}; there are {', '.join(PARTS)}")
+        return 2
+    wrong = [line for name in names or PARTS for line in PARTS[name]("cuda")]
     torch.cuda.synchronize()
-    print("\n".join(wrong) or f"all variants of {len(SPECS)} specs agree with the reference")
+    print("\n".join(wrong) or f"all variants agree with the reference: {', '.join(names or PARTS)}")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

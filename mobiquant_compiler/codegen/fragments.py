@@ -113,56 +113,6 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def load_elements(ptr, mask, EMULATE: tl.constexpr):
-    """Load an element of 16 or 32 bits a thread, 0 where the mask is false; not by Triton, see `_load_vector`."""
-    WIDE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
-    if EMULATE:
-        value = tl.load(ptr, mask=mask, other=0.0)
-    elif WIDE:
-        value = load_words(ptr, mask, 1, EMULATE)[0].to(ptr.dtype.element_ty, bitcast=True)
-    else:
-        bits = tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; mov.b16 h, 0; @p ld.global.b16 h, [$1];"
-            " cvt.u32.u16 $0, h; }",
-            "=&r,l,r",
-            [ptr.to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        value = bits.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
-    return value
-
-
-@triton.jit
-def store_elements(ptr, value, mask, EMULATE: tl.constexpr):
-    """Store an element of 16 or 32 bits a thread where the mask is true; not by Triton, see `_load_vector`."""
-    WIDE: tl.constexpr = value.dtype.primitive_bitwidth == 32
-    if EMULATE:
-        tl.store(ptr, value, mask=mask)
-    elif WIDE:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; @p st.global.b32 [$1], $2; }",
-            "=&r,l,r,r",
-            [ptr.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; cvt.u16.u32 h, $2;"
-            " @p st.global.b16 [$1], h; }",
-            "=&r,l,r,r",
-            [ptr.to(tl.int64), bits, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def select_bits(above, below, KEEP: tl.constexpr, EMULATE: tl.constexpr):
     """Return the bits of `below` where KEEP has ones, those of `above` elsewhere: one instruction."""
     if EMULATE:

@@ -3,43 +3,61 @@
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, fragments, scaling, steps
+from mobiquant_compiler.codegen import chains, fragments, scaling
 
 
 @triton.jit
-def store_block(
+def stacked(sums, FOURS: tl.constexpr):
+    """Stack FOURS (a power of two) fours of sums [THREADS], the first dimension after the threads' the fours'."""
+    if FOURS == 1:
+        pairs = tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[3]))  # [thread, token of two, row of two]
+        tile = tl.reshape(pairs, [sums[0].shape[0], 1, 2, 2])
+    else:
+        left = stacked(sums[: 2 * FOURS], FOURS // 2)
+        right = stacked(sums[2 * FOURS :], FOURS // 2)
+        both = tl.permute(tl.join(left, right), (0, 4, 1, 2, 3))
+        tile = tl.reshape(both, [sums[0].shape[0], FOURS, 2, 2])
+    return tile
+
+
+@triton.jit
+def store_blocks(
     sums,
     place,
     HAS_BIAS: tl.constexpr,
     ONE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     ROW_WARPS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
-    EMULATE: tl.constexpr,
 ):
-    """Sum the warps of the same rows, add the bias, and write a block of eight tokens by the program's rows.
+    """Sum the warps of the same rows, add the bias, and write BLOCKS blocks of eight tokens by the program's rows.
 
-    place: pointers to output and bias, first row, number of the block, tokens and rows in all.
+    All of them at once: warps wait for one another once, and a compiler pass takes time that grows with the square of
+    the number of stores.
+
+    place: pointers to output and bias, first row, number of the first block, tokens and rows in all.
     """
-    y_ptr, bias_ptr, program_row, block, tokens, n_rows = place
+    y_ptr, bias_ptr, program_row, first_block, tokens, n_rows = place
     SIDES: tl.constexpr = 1 if ONE else 2
     ROWS: tl.constexpr = 16 * ROW_WARPS
     WARPS: tl.constexpr = NUM_WARPS // ROW_WARPS
+    FOURS: tl.constexpr = BLOCKS * ROW_TILES
     if ONE:
-        tile = tl.reshape(tl.join(sums[0], sums[1]), [WARPS, ROW_WARPS, 8, 4, 2, 1])
+        tile = tl.reshape(tl.join(sums[0], sums[1]), [WARPS, ROW_WARPS, 8, 4, 1, 1, 2])
     else:
-        tile = tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[3]))  # [thread, token of two, row of two]
-        tile = tl.permute(tl.reshape(tile, [WARPS, ROW_WARPS, 8, 4, 2, 2]), (0, 1, 2, 3, 5, 4))
-    # From warp, rows g and g + 8, tokens of lanes and sides to tokens, rows, and what is to be summed.
-    tile = tl.permute(tile, (3, 5, 1, 4, 2, 0))
-    y = fragments.sum_neighbours(tl.reshape(tile, [4 * SIDES * ROWS, WARPS]))
-    offs = tl.arange(0, 4 * SIDES * ROWS)
-    row = program_row + offs % ROWS
-    token = block * 8 + offs // ROWS * (3 - SIDES)
+        tile = tl.reshape(stacked(sums, FOURS), [WARPS, ROW_WARPS, 8, 4, FOURS, 2, 2])
+    # From warp, rows g and g + 8, tokens of lanes and sides to blocks and tiles, tokens, rows, and what is summed.
+    tile = tl.permute(tile, (4, 3, 5, 1, 6, 2, 0))
+    y = fragments.sum_neighbours(tl.reshape(tile, [FOURS * 4 * SIDES * ROWS, WARPS]))
+    offs = tl.arange(0, FOURS * 4 * SIDES * ROWS)
+    four = offs // (4 * SIDES * ROWS)
+    row = program_row + four % ROW_TILES * ROWS + offs % ROWS
+    token = (first_block + four // ROW_TILES) * 8 + offs % (4 * SIDES * ROWS) // ROWS * (3 - SIDES)
     if HAS_BIAS:
-        y += fragments.load_elements(bias_ptr + row, row < n_rows, EMULATE).to(tl.float32)
+        y += tl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
     at = token.to(tl.int64) * n_rows + row
-    value = y.to(y_ptr.dtype.element_ty)
-    fragments.store_elements(y_ptr + at, value, (row < n_rows) & (token < tokens), EMULATE)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < n_rows) & (token < tokens))
 
 
 @triton.jit
@@ -119,11 +137,5 @@ def multiply_program(
             ACTIVATION,
             EMULATE,
         )
-        for block in tl.static_range(SPAN):
-            for tile in tl.static_range(ROW_TILES):
-                own = sums
-                if SPAN * ROW_TILES > 1:
-                    own = steps.four_of(sums, block * ROW_TILES + tile)
-                tile_row = program_row + tile * (16 * ROW_WARPS)
-                place = (y_ptr, weight[3], tile_row, first_block + block, tokens, n_rows)
-                store_block(own, place, HAS_BIAS, ONE, ROW_WARPS, NUM_WARPS, EMULATE)
+        place = (y_ptr, weight[3], program_row, first_block, tokens, n_rows)
+        store_blocks(sums, place, HAS_BIAS, ONE, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)
