@@ -6,16 +6,6 @@ import triton.language as tl
 from mobiquant_compiler.codegen import chains, fragments, scaling
 
 
-@triton.constexpr_function
-def fours_together(fours):
-    """Return how many fours of sums are written at once.
-
-    Fewer are faster to run, as far as measured; more are faster to compile, by a compiler pass whose time grows with
-    the square of the number of stores.
-    """
-    return min(fours, 2)
-
-
 @triton.jit
 def stacked(sums, FOURS: tl.constexpr):
     """Stack FOURS (a power of two) fours of sums [THREADS], the first dimension after the threads' the fours'."""
@@ -31,18 +21,20 @@ def stacked(sums, FOURS: tl.constexpr):
 
 
 @triton.jit
-def store_fours(
+def store_blocks(
     sums,
     place,
-    FIRST: tl.constexpr,
-    FOURS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     ROW_WARPS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sum the warps of the same rows, add the bias, and write FOURS fours of sums, the first of them number FIRST.
+    """Sum the warps of the same rows, add the bias, and write BLOCKS blocks of eight tokens by the program's rows.
+
+    All of them at once: warps wait for one another once, and a compiler pass takes time that grows with the square of
+    the number of stores.
 
     place: pointers to output and bias, first row, number of the first block, tokens and rows in all.
     """
@@ -50,6 +42,7 @@ def store_fours(
     SIDES: tl.constexpr = 1 if ONE else 2
     ROWS: tl.constexpr = 16 * ROW_WARPS
     WARPS: tl.constexpr = NUM_WARPS // ROW_WARPS
+    FOURS: tl.constexpr = BLOCKS * ROW_TILES
     if ONE:
         tile = tl.reshape(tl.join(sums[0], sums[1]), [WARPS, ROW_WARPS, 8, 4, 1, 1, 2])
     else:
@@ -58,7 +51,7 @@ def store_fours(
     tile = tl.permute(tile, (4, 3, 5, 1, 6, 2, 0))
     y = fragments.sum_neighbours(tl.reshape(tile, [FOURS * 4 * SIDES * ROWS, WARPS]))
     offs = tl.arange(0, FOURS * 4 * SIDES * ROWS)
-    four = FIRST + offs // (4 * SIDES * ROWS)
+    four = offs // (4 * SIDES * ROWS)
     row = program_row + four % ROW_TILES * ROWS + offs % ROWS
     token = (first_block + four // ROW_TILES) * 8 + offs % (4 * SIDES * ROWS) // ROWS * (3 - SIDES)
     if HAS_BIAS:
@@ -113,7 +106,6 @@ def multiply_program(
     SPAN: tl.constexpr = chains.blocks_at_a_time(BLOCKS, ALIKE)
     NUM_WARPS: tl.constexpr = tid.shape[0] // 32
     CHAINS: tl.constexpr = 8 * ROW_WARPS // NUM_WARPS
-    TOGETHER: tl.constexpr = fours_together(SPAN * ROW_TILES)
     all_blocks = tl.cdiv(tokens, 8)
     warp = tid // 32
     rows = ()
@@ -146,8 +138,4 @@ def multiply_program(
             EMULATE,
         )
         place = (y_ptr, weight[3], program_row, first_block, tokens, n_rows)
-        for first in tl.static_range(0, SPAN * ROW_TILES, TOGETHER):
-            own = sums
-            if not ONE:
-                own = sums[4 * first : 4 * first + 4 * TOGETHER]
-            store_fours(own, place, first, TOGETHER, HAS_BIAS, ONE, ROW_TILES, ROW_WARPS, NUM_WARPS)
+        store_blocks(sums, place, HAS_BIAS, ONE, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)
