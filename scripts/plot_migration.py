@@ -41,7 +41,7 @@ def migration(tokens: Mapping[str, Any]) -> Migration:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ROOT / "benchmarks" / "results" / "cpu" / "outlier_migration.json"
+    default = ROOT / "benchmarks" / "results" / "cpu" / "outlier_migration_calibrated.json"
     parser.add_argument("--results", type=Path, default=default)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "outlier_migration.png")
     args = parser.parse_args(arguments)
