@@ -157,7 +157,7 @@ class TestAnalyze:
             written = json.loads((tmp_path / "a" / f"{part['analysis']}.json").read_text(encoding="utf-8"))
             assert written["summary"] == part["summary"]
             assert (written["model"], written["windows"]) == (elastic, 2)
-        assert "outlier migration: 2/2" in err
+        assert "outlier migration: 4/4" in err
         with (tmp_path / "a" / "tokens.csv").open(encoding="utf-8", newline="") as file:
             assert len(list(csv.DictReader(file))) == 32
         with (tmp_path / "a" / "precision.csv").open(encoding="utf-8", newline="") as file:
