@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,18 +49,17 @@ def check_tokens(tokens: Tensor, where: str = "calibration") -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluate without dropout or parameter gradients, and restore both.
 
-    Parameters that are replaced meanwhile are not kept alive: those of a calibration are all of a model's weights.
+    Parameters are remembered by name, which keeps none alive that is replaced meanwhile: those of a calibration are all
+    of a model's weights.
     """
     training = model.training
-    wanted = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in model.parameters():
-        p.requires_grad_(False)
+    wanted = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        for reference in wanted:
-            if (parameter := reference()) is not None:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in wanted:
                 parameter.requires_grad_(True)
         model.train(training)
 

@@ -42,8 +42,9 @@ def add_each(left, right):
 def loads_ahead(tiles, blocks, one, alike, bits, steps):
     """Say whether a step's words are loaded before those of the step before are multiplied.
 
-    Measured: it pays where the registers for a second step are there. One token has them up to four bits; a warp of
-    two tiles of rows may use 255 registers, enough for tokens that are alike, and for four bits of unlike ones.
+    Measured: it pays where the registers for a second step are there. One token has them up to four bits, one block of
+    tokens that are alike likewise; a warp of two tiles of rows may use 255 registers, enough for tokens that are alike,
+    and for four bits of unlike ones.
     """
     if one:
         return steps > 1 and bits <= 4

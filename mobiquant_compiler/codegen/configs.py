@@ -116,7 +116,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
-    - sliced_mma: the sums of all warps over a block of eight tokens, twice while they change hands.
+    - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
     - sliced_wgmma: stages of 128 columns of activations, or the tile of outputs on its way out; barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """

@@ -217,20 +217,16 @@ def same_width(widths, layout, count):
 
 
 @triton.constexpr_function
-def units_joined(width, units):
-    """Return how many units of `width` bits are joined at once.
-
-    All, made a power of two by empty ones, if 8 bits hold them; else the greatest power of two that is at most `units`.
-    """
-    whole = 1 << max(0, units - 1).bit_length()
-    return whole if whole * width <= 8 else 1 << (units.bit_length() - 1)
+def units_joined(units):
+    """Return how many units are joined: all, made a power of two by empty ones. Eight bits hold them, as codes."""
+    return 1 << (units - 1).bit_length()
 
 
 @triton.constexpr_function
 def spare_bits(widths, layout, count):
     """Return how many bits empty units leave below the codes that `combined_codes` makes of `count` slices."""
     width, units = same_width(widths, layout, count), units_before(widths, layout, count)
-    return width * max(0, units_joined(width, units) - units) if width else 0
+    return width * (units_joined(units) - units)
 
 
 @triton.constexpr_function
@@ -309,7 +305,7 @@ def combined_codes(
     WIDTH: tl.constexpr = same_width(WIDTHS, LAYOUT, COUNT)
     codes = ()
     if WIDTH > 0:
-        JOINED: tl.constexpr = units_joined(WIDTH, UNITS)
+        JOINED: tl.constexpr = units_joined(UNITS)
         FIELD: tl.constexpr = WIDTH * JOINED
         places = ()  # for each word of a lane, the joined words
         for word in tl.static_range(max_int(words_per_lane(WIDTH, COLUMNS), 1)):
@@ -324,9 +320,6 @@ def combined_codes(
             code = places[j // (8 // WIDTH)][(j % (8 // WIDTH)) % JOINED]
             if FIELD < 8:
                 code = (code >> (FIELD * ((j % (8 // WIDTH)) // JOINED))) & field_mask(FIELD, 4)
-            for unit in tl.static_range(JOINED, UNITS):
-                more = lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[j // (8 // WIDTH)]
-                code = (code << WIDTH) | ((more >> (WIDTH * (j % (8 // WIDTH)))) & field_mask(WIDTH, 4))
             codes = codes + (code,)
     else:
         for j in tl.static_range(COLUMNS // 16):

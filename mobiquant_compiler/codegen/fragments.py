@@ -64,7 +64,7 @@ def stream_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread that other warps read too: by way of the L1 cache.
 
-    Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32 [THREADS].
+    Shapes: ptr aligned to ``4 COUNT`` bytes, valid in every lane; returns a tuple of int32 [THREADS].
     """
     return _load_vector(ptr, COUNT, "ld.global", EMULATE)
 
@@ -73,7 +73,7 @@ def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
 
-    Shapes: ptr to 32-bit words, aligned to ``4 COUNT`` bytes, and mask [THREADS]; returns a tuple of int32 [THREADS].
+    Shapes: ptr aligned to ``4 COUNT`` bytes, and mask [THREADS]; returns a tuple of int32 [THREADS].
     """
     if EMULATE:
         words = ()

@@ -137,7 +137,7 @@ def test_warps_of_two_tiles_of_rows_give_the_same_bits(spec: SliceSpec, tokens: 
 
 @pytest.mark.parametrize("counts", ["alike", "mixed"])
 def test_loads_that_run_ahead_change_no_bits(counts: str) -> None:
-    """Three steps, the last cut off: up to four bits all kernels load a step ahead, but for few unlike tokens."""
+    """Three steps, the last cut off, in kernels that load a step ahead and in those that do not."""
     spec = SliceSpec((2, 2), 32, SLICE)
     case = random_case(spec, 20, 18, 33 * spec.group - 5)
     if counts == "alike":

@@ -125,6 +125,7 @@ def test_waiting_is_for_kernels_that_overlap() -> None:
         (MMA, {"block_n": 8}, "a warp has tiles of 16 rows"),
         (MMA, {"block_m": 1, "block_n": 32, "row_tiles": 2}, "a warp has tiles of 16 rows"),
         (MMA, {"block_n": 128, "num_warps": 8}, "2 to 8 warps share"),
+        (MMA, {"block_n": 16, "num_warps": 16}, "2 to 8 warps share"),
         (FIRST, {"block_w": 64}, "a program quantizes whole groups"),
         (FIRST, {"block_m": 4}, "a data-free router has a program for every token"),
         (FIRST, {"hidden": 12, "block_r": 64}, "a step gives two columns to each thread"),
@@ -222,9 +223,8 @@ def test_programs_quantize_whole_groups_and_few_columns_too_many(k: int, group: 
         assert block < 2 * spec.k
     assert spec.columns == k
     for family in IN_TABLE:
-        assert kernel_spec(family, SliceSpec(group=group), k, TokenClass.MANY, H100).k == SliceSpec(group=group).padded(
-            k
-        )
+        weight = SliceSpec(group=group)
+        assert kernel_spec(family, weight, k, TokenClass.MANY, H100).k == weight.padded(k)
 
 
 def test_every_number_of_tokens_on_the_integer_path_has_one_kernel() -> None:

@@ -107,7 +107,7 @@ def sliced_mma(
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
     A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
-    one or two tiles of 16 rows, all tokens, and its share of the eight chains; other warps meet activations in L1.
+    one or two tiles of 16 rows, all tokens, and its share of the eight chains.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
+from mobiquant_compiler.calibrate import frozen
 from mobiquant_compiler.calibration import run as calibration_run
 from mobiquant_compiler.errors import BadOption, CalibrationStateMismatch, NoBlocks, NonFiniteWeight
 from mobiquant_compiler.linear import elastic_linears, score_gain
@@ -122,6 +123,23 @@ def test_a_weight_is_given_up_when_its_slices_are_there() -> None:
     mq.calibrate_(model, TOKENS, CODES, progress=count)
     assert alive == [14, 7, 0]
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_frozen_keeps_no_parameter_alive_and_lets_them_move() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    model[0].bias.requires_grad_(False)
+    last = weakref.ref(model[1].weight)
+    swapping = torch.__future__.get_swap_module_params_on_conversion()
+    with frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        model[1] = nn.ReLU()
+        assert last() is None
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(swapping)
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
