@@ -119,8 +119,8 @@ def test_every_tile_gives_one_token_the_same_bits(spec: SliceSpec, activation: A
             assert torch.equal(found, wanted), f"{count} slices by a kernel for {tokens} tokens and {rows} rows"
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=spec_id)
-@pytest.mark.parametrize(("tokens", "rows", "warps"), [(8, 32, 8), (16, 32, 4), (32, 64, 8), (8, 64, 4)])
+@pytest.mark.parametrize("spec", SOME_SPECS[1:], ids=spec_id)
+@pytest.mark.parametrize(("tokens", "rows", "warps"), [(16, 32, 4), (8, 64, 4)])
 def test_warps_of_two_tiles_of_rows_give_the_same_bits(spec: SliceSpec, tokens: int, rows: int, warps: int) -> None:
     case = many(spec, 19, n=37)
     quantizer = prepare_kernel(spec, case.x.shape[-1], TARGET, Activation.A16, route=False, quantize=True)
