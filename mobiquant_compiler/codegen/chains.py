@@ -149,53 +149,26 @@ def chain_sums(
     BLOCKS: tl.constexpr = len(operands[2][2][0])
     sums = zeros_for(operands[2][0], 2 if ONE else 4 * TILES * BLOCKS)
     BITS: tl.constexpr = device.bits_before(WIDTHS, COUNT)
-    if loads_ahead(TILES, BLOCKS, ONE, ALIKE, BITS, STEPS):
+    AHEAD: tl.constexpr = loads_ahead(TILES, BLOCKS, ONE, ALIKE, BITS, STEPS)
+    if AHEAD:
         chunks = load_chunks(operands, chain, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
-        for step in tl.range(0, STEPS - 1):
-            pair = step * 8 + chain
+    for step in tl.range(0, STEPS - 1 if AHEAD else STEPS):
+        pair = step * 8 + chain
+        # All loads of a step are asked for before the first is used; other warps multiply meanwhile.
+        if AHEAD:
             following = load_chunks(operands, pair + 8, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
-            sums = add_step(
-                sums,
-                operands,
-                chunks,
-                pair,
-                COUNT,
-                WHOLE,
-                ONE,
-                ALIKE,
-                WIDTHS,
-                LAYOUT,
-                GROUP,
-                K_PADDED,
-                ACTIVATION,
-                EMULATE,
-            )
+        else:
+            chunks = load_chunks(operands, pair, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
+        sums = add_step(
+            sums, operands, chunks, pair, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+        )
+        if AHEAD:
             chunks = following
+    if AHEAD:
         pair = (STEPS - 1) * 8 + chain
         sums = add_step(
             sums, operands, chunks, pair, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
-    else:
-        for step in tl.range(0, STEPS):
-            pair = step * 8 + chain
-            # All loads of a step are asked for before the first is used; other warps multiply meanwhile.
-            chunks = load_chunks(operands, pair, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
-            sums = add_step(
-                sums,
-                operands,
-                chunks,
-                pair,
-                COUNT,
-                WHOLE,
-                ONE,
-                ALIKE,
-                WIDTHS,
-                LAYOUT,
-                GROUP,
-                K_PADDED,
-                ACTIVATION,
-                EMULATE,
-            )
     return sums
 
 

@@ -184,7 +184,7 @@ def kernel_spec(
         KernelDoesNotFit: no tile fits the target.
     """
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
-    hidden *= route and first
+    hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
     early = _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
     specs = (
