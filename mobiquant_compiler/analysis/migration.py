@@ -191,7 +191,7 @@ def outlier_migration(
     if high >= greatest:
         wanted = f"budgets below {greatest:g}, where all slices are used and no token errs"
         raise BadOption(where="outlier migration", name="budgets", got=budgets, wanted=wanted)
-    routed = [_Setting(model, bits, True) for bits in budgets]
+    routed = [_Setting(model, bits) for bits in budgets]
     done = itertools.count(1)
 
     def step() -> None:
@@ -199,7 +199,7 @@ def outlier_migration(
 
     _measure_all(model, windows, routed, step)
     used = [min(max(setting.bits_used, least), greatest) for setting in routed]
-    fixed = [_Setting(model, bits, False, at) for bits, at in zip(budgets, used, strict=True)]
+    fixed = [_Setting(model, bits, fixed_at=at) for bits, at in zip(budgets, used, strict=True)]
     _measure_all(model, windows, fixed, step)
     low, high = (tuple(s.result() for s in pair) for pair in zip(fixed, routed, strict=True))
     return Migration(share, low, high)  # type: ignore[arg-type]  # two of each
@@ -236,13 +236,12 @@ class _Setting:
 
     Attributes:
         bits: Budget.
-        at: Bits that one count a linear is chosen for, where tokens are not routed.
+        fixed_at: Bits that one count a linear is chosen for; tokens are routed without.
     """
 
     model: nn.Module
     bits: float
-    routed: bool
-    at: float | None = None
+    fixed_at: float | None = None
     outputs: list[Tensor] = field(default_factory=list)
     linears: dict[str, list[Tensor]] = field(default_factory=dict)
     used: float = 0.0  # bits, over all calls, each weighted by the linear's parameters
@@ -252,11 +251,11 @@ class _Setting:
         members = linears_of(self.model, "outlier migration")
         with budget(self.model, self.bits):  # also refuses budgets that cannot be
             self.thresholds = {name: m.router.thresholds.clone() for name, m in members.items()}
-        self.fixed = {} if self.routed else fixed_counts(self.model, self.bits if self.at is None else self.at)
+        self.fixed = None if self.fixed_at is None else fixed_counts(self.model, self.fixed_at)
 
     def counts(self, call: Call) -> Tensor | int:
         """Return the counts that a linear uses here, on whatever input it has."""
-        return call.route(self.thresholds[call.name]) if self.routed else self.fixed[call.name]
+        return call.route(self.thresholds[call.name]) if self.fixed is None else self.fixed[call.name]
 
     def compare(self, call: Call, expected: Tensor) -> None:
         """Note the errors of one linear on the reference run's input."""
@@ -292,7 +291,7 @@ class _Setting:
     def result(self) -> TokenErrors:
         """Return everything noted."""
         linears = {name: torch.cat(parts) for name, parts in self.linears.items()}
-        return TokenErrors(self.bits, self.routed, self.bits_used, torch.cat(self.outputs), linears)
+        return TokenErrors(self.bits, self.fixed is None, self.bits_used, torch.cat(self.outputs), linears)
 
 
 def _reference(model: nn.Module, ids: Tensor, settings: Sequence[_Setting]) -> Tensor:
