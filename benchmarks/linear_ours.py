@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mobiquant_compiler import reference, wiring
 from mobiquant_compiler.packing import unit_views
+from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import Activation, Layout, Prefill, SliceSpec
 
 WIDTHS, GROUP = (2, 2, 2, 2), 128
@@ -115,7 +116,9 @@ class Weights:
         thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
         router = (*self.router, *self.network) if trained else self.router
-        return lambda: wiring.prepare(x, router, thresholds, self.hist, self.mask, self.spec, activation)
+        rows = wiring.takes_rows(x, [Weight(*self.copies[0], None)], self.spec)
+        facts = (self.hist, self.mask, self.spec, activation)
+        return lambda: wiring.prepare(x, router, thresholds, *facts, token_rows=rows)
 
     def expected(self, x: Tensor, counts: Tensor, sample: Sample) -> Tensor:
         """Return the float64 result of the sampled tokens and output rows."""

@@ -10,6 +10,7 @@ import torch
 from mobiquant_compiler.spec import Activation, Family, SliceSpec
 
 if TYPE_CHECKING:
+    from mobiquant_compiler.codegen.batch_configs import BatchTile
     from mobiquant_compiler.codegen.cache import Kernel
     from mobiquant_compiler.codegen.configs import Target, TokenClass
 
@@ -38,11 +39,12 @@ def prepare_kernel(
     quantize: bool,
     hidden: int = 0,
     long: bool = False,
+    token_rows: bool = False,
 ) -> Kernel:
     """Return the kernel that chooses slice counts, writes activations in fixed point, or both.
 
     Counts are chosen by a trained router of `hidden` units where there are any; calls of more than `PREFILL_TOKENS`
-    tokens are `long`.
+    tokens are `long`; batch_wgmma takes `token_rows`.
     """
     from mobiquant_compiler.codegen import cache, configs, toolchain
 
@@ -58,6 +60,7 @@ def prepare_kernel(
             quantize=quantize,
             hidden=hidden,
             long=long,
+            token_rows=token_rows,
             emulate=toolchain.interpreting(),
         )
     )
@@ -92,6 +95,64 @@ def multiply_kernel(
             emulate=toolchain.interpreting(),
         )
     )
+
+
+@cache
+def batch_kernel(
+    spec: SliceSpec,
+    k: int,
+    target: Target,
+    activation: Activation,
+    *,
+    tile: BatchTile,
+    has_bias: bool = False,
+    parts: int = 1,
+    row_unit: int = 1,
+) -> Kernel:
+    """Return the kernel that multiplies blocks of tokens by products of warpgroups."""
+    from mobiquant_compiler.codegen import batch_configs, cache
+
+    return cache.load(
+        batch_configs.batch_spec(
+            spec,
+            k,
+            target,
+            tile=tile,
+            activation=activation,
+            has_bias=has_bias,
+            parts=parts,
+            row_unit=row_unit,
+        )
+    )
+
+
+@cache
+def _has_batch_kernel(spec: SliceSpec, target: Target) -> bool:
+    from mobiquant_compiler.codegen import batch_configs
+
+    return target.cc == batch_configs.CC and batch_configs.takes_slices(spec) and gluon_refusal() is None
+
+
+def batch_tiles(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
+    """Return the tiles of batch_wgmma that calls of a class of token counts can take."""
+    from mobiquant_compiler.codegen import batch_configs
+
+    return batch_configs.tiles_of(tokens, n, parts) if _has_batch_kernel(spec, target) else ()
+
+
+@lru_cache(maxsize=1024)
+def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ...]) -> BatchTile | None:
+    """Return the tile of a call of batch_wgmma, which wants tokens as rows; None where sliced_mma serves it.
+
+    Args:
+        spec: Widths, group and layout of the weights.
+        target: Where they are.
+        tokens: T.
+        rows: Output rows of each weight.
+    """
+    from mobiquant_compiler.codegen import batch_configs
+
+    return batch_configs.tile_of(tokens, batch_configs.blocks_of(rows)) if _has_batch_kernel(spec, target) else None
 
 
 @cache

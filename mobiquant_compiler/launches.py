@@ -156,7 +156,9 @@ def kernels_of(
         for route in (True, False):
             facts = {"activation": launch.activation, "route": route, "long": long}
             found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts, **first))
-    for count in tokens:
+    counts = list(tokens)
+    found += _batch_kernels(launch, target, counts, workspace=workspace)
+    for count in counts:
         facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
         found.append(kernel_spec(Family.SLICED_MMA, spec, k, count, target, n=launch.n, emulate=emulate, **facts))
     if workspace:
@@ -164,6 +166,27 @@ def kernels_of(
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))
         found += _fused_kernels(launch, target)
     return list(dict.fromkeys(found))
+
+
+def _batch_kernels(
+    launch: Launch, target: Target, tokens: Sequence[TokenClass], *, workspace: bool
+) -> Iterator[KernelSpec]:
+    """Yield the kernels of tokens as rows, where there are any for such a launch and so many tokens."""
+    from mobiquant_compiler.codegen import batch_configs
+    from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
+
+    spec, k = launch.spec, launch.k
+    tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, launch.parts)]
+    if target.cc != FUSED_CC or not batch_configs.takes_slices(spec) or not tiles:
+        return
+    for long in (False, True) if workspace else (False,):
+        for route in (True, False):
+            facts = {"activation": launch.activation, "route": route, "long": long, "hidden": launch.hidden}
+            yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, token_rows=True, **facts)
+    for unit in fused.row_units(launch.n, launch.parts):
+        for tile in tiles:
+            facts = {"tile": tile, "activation": launch.activation, "parts": launch.parts, "row_unit": unit}
+            yield batch_configs.batch_spec(spec, k, target, has_bias=launch.bias_dtype is not None, **facts)
 
 
 def _fused_kernels(launch: Launch, target: Target) -> Iterator[KernelSpec]:

@@ -155,6 +155,7 @@ class Family(StrEnum):
     DEQUANTIZE = "dequantize"
     GATHER_TOKENS = "gather_tokens"
     SLICED_WGMMA = "sliced_wgmma"
+    BATCH_WGMMA = "batch_wgmma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,10 @@ class KernelSpec:
         num_warps: NUM_WARPS, warps per program.
         columns: COLUMNS of activations, at most K_PADDED (route_quantize).
         num_stages: NUM_STAGES, of the pipeline of the loop over columns.
-        row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma).
+        consumers: CONSUMERS, warpgroups that multiply while one warp copies (batch_wgmma).
+        row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma, batch_wgmma).
+        token_rows: TOKEN_ROWS, write tokens as rows of bytes, for batch_wgmma, and not as lanes load them
+            (route_quantize).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).
         prefetch: PREFETCH, columns of the base slice, or of a trained router, to bring into the L2 cache while waiting
             for the kernel before.
@@ -210,7 +214,9 @@ class KernelSpec:
     num_warps: int = 4
     columns: int = 0
     num_stages: int = 1
+    consumers: int = 1
     row_unit: int = 1
+    token_rows: bool = False
     overlap: bool = False
     prefetch: int = 0
     max_registers: int = 0
@@ -221,7 +227,7 @@ class KernelSpec:
         SliceSpec(self.widths, self.group, self.layout)
         if self.k % self.group:
             raise BadKernelSpec(family=self.family, name="k", got=self.k, wanted=f"a multiple of group {self.group}")
-        for name in ("block_m", "block_n", "row_tiles", "block_w", "block_r", "num_warps", "row_unit"):
+        for name in ("block_m", "block_n", "row_tiles", "block_w", "block_r", "num_warps", "consumers", "row_unit"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise BadKernelSpec(family=self.family, name=name, got=value, wanted="a power of two")
@@ -237,7 +243,7 @@ class KernelSpec:
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = ("route", "quantize", "overlap", "sorted_rows", "has_bias", "emulate")
+        flags = ("route", "quantize", "token_rows", "overlap", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
         network = f"_h{self.hidden}" if self.hidden else ""
@@ -245,6 +251,7 @@ class KernelSpec:
         limit = f"max{self.max_registers}" if self.max_registers else ""
         limit += f"u{self.row_unit}" if self.row_unit > 1 else ""
         stages = f"p{self.num_stages}" if self.num_stages > 1 else ""
+        stages += f"c{self.consumers}" if self.consumers > 1 else ""
         scored = f"r{self.block_r}" if self.block_r > 1 else ""
         rows = f"n{self.block_n}" + (f"t{self.row_tiles}" if self.row_tiles > 1 else "")
         tile = f"m{self.block_m}{rows}w{self.block_w}{scored}x{self.num_warps}{stages}{limit}"

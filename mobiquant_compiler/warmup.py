@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobiquant_compiler import wiring
+from mobiquant_compiler import warming
 from mobiquant_compiler.errors import BadOption
 from mobiquant_compiler.launches import Launch, launches_of
 from mobiquant_compiler.runtime import launch as runtime
@@ -102,7 +102,7 @@ def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress)
     start, before, binaries = time.perf_counter(), len(cache.loaded_kernels()), cache.compiled_kernels()
     with torch.inference_mode(False), torch.no_grad():
         for done, launch in enumerate(launches, 1):
-            wiring.warm_kernels(
+            warming.warm_kernels(
                 launch.spec,
                 launch.n,
                 launch.k,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mobiquant_compiler import ops, reference
+from mobiquant_compiler import kernels, ops, reference
 from mobiquant_compiler.kernels import (
     dequantize_kernel,
     fused_is_small,
@@ -24,7 +24,7 @@ from mobiquant_compiler.kernels import (
     prepare_kernel,
     target_of,
 )
-from mobiquant_compiler.routing import idle_router, prepare, route, routes
+from mobiquant_compiler.routing import prepare, route, routes
 from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -53,19 +53,41 @@ def multiply(
     return _multiply_all(prepared, [Weight(slices, scale, zero, bias)], spec, activation)[0]
 
 
+def takes_rows(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> bool:
+    """Say whether tokens [..., K] are quantized as rows, for batch_wgmma: by shapes, dtypes and device alone."""
+    rows = tuple(weight.rows for weight in weights)
+    tile = kernels.batch_tile(spec, target_of(x.device), launch.token_count(x), rows)
+    return tile is not None and _share_launch(weights)
+
+
+def _share_launch(weights: Sequence[Weight]) -> bool:
+    """Say whether one launch serves all weights."""
+    return len({(w.scale.dtype, None if w.bias is None else w.bias.dtype) for w in weights}) == 1
+
+
 def _multiply_all(
     prepared: Prepared, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply prepared tokens by several weights: one launch where a kernel serves them all, else one each."""
-    alike = len({(w.scale.dtype, None if w.bias is None else w.bias.dtype) for w in weights}) == 1
-    if len(weights) > 1 and not alike:
+    if len(weights) > 1 and not _share_launch(weights):
         return [y for weight in weights for y in _multiply_all(prepared, [weight], spec, activation)]
-    rows = sum(weight.rows for weight in weights)
-    kernel = _multiply_kernel(weights, prepared.tokens, rows, prepared.columns, spec, activation)
+    if prepared.sums is not None:
+        return launch.multiply(_batch_kernel(prepared, weights, spec, activation), prepared, weights)
+    n = sum(weight.rows for weight in weights)
+    kernel = multiply_kernel_for(weights, prepared.tokens, n, prepared.columns, spec, activation)
     return launch.multiply(kernel, prepared, weights)
 
 
-def _multiply_kernel(
+def _batch_kernel(prepared: Prepared, weights: Sequence[Weight], spec: SliceSpec, activation: Activation) -> Kernel:
+    """Return the kernel that multiplies tokens as rows by weights like these."""
+    rows, target = tuple(weight.rows for weight in weights), target_of(prepared.counts.device)
+    tile = kernels.batch_tile(spec, target, max(1, prepared.tokens), rows)
+    assert tile is not None, "tokens became rows for as many weights"
+    facts = {"has_bias": weights[0].bias is not None, "row_unit": min(map(fused.row_unit, rows))}
+    return kernels.batch_kernel(spec, prepared.columns, target, activation, tile=tile, parts=len(rows), **facts)
+
+
+def multiply_kernel_for(
     weights: Sequence[Weight], tokens: int, n: int, k: int, spec: SliceSpec, activation: Activation
 ) -> Kernel:
     """Return the kernel that multiplies so many tokens by weights like these, of `n` output rows together."""
@@ -149,7 +171,8 @@ def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
-    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
+    facts = {"route": False, "quantize": True, "token_rows": takes_rows(x, weights, spec)}
+    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, **facts)
     return _multiply_all(launch.prepare(kernel, x, counts=counts), weights, spec, activation)
 
 
@@ -227,8 +250,9 @@ def elastic_linears(
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
-    prepared = prepare(x, router, thresholds, hist, mask, spec, activation)
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
+    rows = takes_rows(x, weights, spec)
+    prepared = prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=rows)
     return _multiply_all(prepared, weights, spec, activation)
 
 
@@ -241,94 +265,6 @@ def _elastic_linear(*args: Any) -> Tensor:
     *router, slices, scale, zero, bias, widths, group, layout, activation, prefill = args
     weight = ([slices], [scale], [zero], [bias])
     return _elastic_linears(*router, *weight, widths, group, layout, activation, prefill)[0]
-
-
-def warm_kernels(
-    spec: SliceSpec,
-    n: int,
-    k: int,
-    x_dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    scale_dtype: torch.dtype = torch.float16,
-    bias_dtype: torch.dtype | None = None,
-    parts: int = 1,
-    max_tokens: int | None = None,
-    activation: Activation = Activation.A16,
-    hidden: int = 0,
-) -> int:
-    """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
-
-    Kernels take the number of output rows at run time, so one row of zeros stands for each weight.
-
-    Args:
-        spec: Widths, group and layout of the weights.
-        n: Output rows of all weights of the launch.
-        k: Input columns.
-        x_dtype: Dtype of activations.
-        device: Where it will run.
-        scale_dtype: Dtype of scale and zero point.
-        bias_dtype: Dtype of the bias, None where there is none.
-        parts: Weights of the launch.
-        max_tokens: Leave out kernels for more tokens a call than this.
-        activation: Fixed-point width of activations.
-        hidden: Hidden units of the trained router that the launch asks, 0 of a data-free one.
-
-    Returns:
-        How many kernels were run.
-    """
-    from mobiquant_compiler.codegen.configs import TokenClass
-
-    device = torch.device(device)
-    bias = None if bias_dtype is None else torch.zeros(1, dtype=bias_dtype, device=device)
-    scale = torch.zeros(spec.scale_shape(1, k), dtype=scale_dtype, device=device)
-    slices = torch.zeros(spec.packed_shape(1, k), dtype=torch.int32, device=device)
-    weights = [Weight(slices, scale, scale, bias)] * parts
-    calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
-    launched = sum(
-        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden)
-        for tokens in calls
-        if max_tokens is None or tokens <= max_tokens
-    )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return launched
-
-
-def _warm_call(
-    weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, activation: Activation, hidden: int
-) -> int:
-    """Run every kernel that a call of as many tokens as `x` has can run; returns how many."""
-    router, kind = idle_router(x.shape[-1], spec.num_slices, hidden, x.device)
-    limits = router[1]
-    hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
-    mask = torch.zeros(1, dtype=torch.int32, device=x.device)
-    counts = route(x, router, limits, hist, mask, kind)
-    quantize = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
-    launch.prepare(quantize, x, counts=counts)
-    kernel = _multiply_kernel(weights, x.shape[0], n, x.shape[-1], spec, activation)
-    launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
-    if x.shape[0] <= PREFILL_TOKENS:
-        return 4
-    ways = [Prefill.FULL] if x.is_cuda else []
-    ways += [Prefill.ROUTED] if workspace.supports(x, n, x.shape[-1]) is None else []
-    for prefill in ways:
-        by_workspace(x, counts, weights, spec, prefill)
-    return 4 + len(ways) + (_warm_fused(weights, x, counts, spec, n) if fused_refusal(x, spec) is None else 0)
-
-
-def _warm_fused(weights: Sequence[Weight], x: Tensor, counts: Tensor, spec: SliceSpec, n: int) -> int:
-    """Run the kernels that make weights in registers, of both tiles; returns how many."""
-    k, target, units = x.shape[-1], target_of(x.device), fused.row_units(n, len(weights))
-    tokens = fused.gather(gather_kernel(spec, k, target), x, counts)
-    for unit in units:
-        slices = torch.zeros(spec.packed_shape(unit, k), dtype=torch.int32, device=x.device)
-        scale = weights[0].scale.expand(unit, -1)
-        bias = None if weights[0].bias is None else weights[0].bias.expand(unit)
-        for small in (True, False):
-            kernel = fused_kernel(spec, k, target, small=small, row_unit=unit, has_bias=bias is not None)
-            fused.multiply(kernel, tokens, Weight(slices, scale, scale, bias))
-    return 1 + 2 * len(units)
 
 
 def _counts_as_given(function: Callable[..., Any]) -> Callable[..., Any]:

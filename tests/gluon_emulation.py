@@ -2,15 +2,18 @@
 
 Triton's interpreter runs no Gluon. Here the text of a kernel is executed as plain Python with stand-ins for the
 language: tensors are torch's, copies to shared memory happen when they are waited for, memory that nobody wrote is
-poisoned, a read past an allocation fails, and inline PTX is run instruction by instruction. Layouts say nothing here;
-that conversions between them move no value is asserted by the compiler. There is what `sliced_wgmma` uses.
+poisoned, a read past an allocation fails, and inline PTX is run instruction by instruction. Warps that do different
+things are threads. Layouts say nothing here; that conversions between them move no value is asserted by the compiler.
+There is what `sliced_wgmma` and `batch_wgmma` use.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,8 @@ from mobiquant_compiler.spec import KernelSpec
 from tests.gluon_values import AnyLayout, Memory, Pointer, Value, raw, run_ptx
 
 POISON = 0x5A
-HELPERS = ("operands",)
+HELPERS = ("operands", "batch_operands", "batch_copies", "batches")
+PATIENCE = 60.0  # seconds after which a wait is one for what never comes
 DTYPES = {
     "int8": torch.int8,
     "int32": torch.int32,
@@ -48,25 +52,26 @@ def load(pointer: Pointer, mask: Value | None = None, other: Any = None) -> Valu
 
 
 class Description:
-    """A tensor [rows, columns] that is copied in boxes; past its end there are zeros."""
+    """A tensor that is copied in boxes; past its end there are zeros."""
 
     def __init__(self, tensor: Tensor, box: list[int]) -> None:
         self.tensor, self.box, self.dtype, self.layout = tensor, box, tensor.dtype, None
 
-    def read(self, row: int, column: int) -> Tensor:
+    def read(self, place: list[int]) -> Tensor:
         """Return a box."""
         found = torch.zeros(self.box, dtype=self.dtype)
-        part = self.tensor[row : row + self.box[0], column : column + self.box[1]]
-        found[: part.shape[0], : part.shape[1]] = part
+        part = self.tensor[tuple(slice(at, at + size) for at, size in zip(place, self.box, strict=True))]
+        found[tuple(slice(0, size) for size in part.shape)] = part
         return found
 
 
 class Barrier:
-    """A barrier that counts bytes: what they are of lies poisoned until it is waited for."""
+    """A barrier that counts bytes, or arrivals: what bytes are of lies poisoned until it is waited for."""
 
     def __init__(self) -> None:
         self.expected, self.phase = 0, 0
         self.copies: list[tuple[Memory, Tensor]] = []
+        self.changed = threading.Condition()
 
     def expect(self, size: int, pred: Any) -> None:
         """Announce bytes."""
@@ -77,16 +82,34 @@ class Barrier:
     def copy(self, box: Tensor, memory: Memory, pred: Any) -> None:
         """Ask for a copy, which spoils what is there at once."""
         if pred:
-            memory.data.fill_(float("nan"))
-            self.copies.append((memory, box))
+            with self.changed:
+                memory.data.copy_(torch.full_like(memory.data.view(torch.int8), POISON).view(memory.data.dtype))
+                self.copies.append((memory, box))
+                self.changed.notify_all()
 
-    def wait(self, phase: Any) -> None:
-        """Do the copies, which must be of this phase."""
-        assert self.expected == sum(box.numel() * box.element_size() for _, box in self.copies) > 0
-        assert int(raw(phase)) == self.phase, "waits for another phase"
-        for memory, box in self.copies:
-            memory.data.copy_(box)
-        self.expected, self.phase, self.copies = 0, 1 - self.phase, []
+    def arrive(self) -> None:
+        """End a phase that one arrival ends."""
+        with self.changed:
+            self.phase = 1 - self.phase
+            self.changed.notify_all()
+
+    def full(self) -> bool:
+        """Say whether all bytes that were announced have been asked for."""
+        return self.expected == sum(box.numel() * box.element_size() for _, box in self.copies) > 0
+
+    def wait(self, phase: Any, pred: Any = True) -> None:
+        """Wait for the end of a phase; that of bytes ends here, where they are copied."""
+        if not pred:
+            return
+        wanted = int(raw(phase))
+        with self.changed:
+            came = self.changed.wait_for(lambda: self.phase != wanted or self.full(), PATIENCE)
+            assert came, "waits for what never comes"
+            if self.phase != wanted:
+                return
+            for memory, box in self.copies:
+                memory.data.copy_(box)
+            self.expected, self.phase, self.copies = 0, 1 - self.phase, []
 
     def invalidate(self) -> None:
         """Check that nothing is under way."""
@@ -109,7 +132,7 @@ class Language:
 
     constexpr = None
 
-    def __init__(self, program: int) -> None:
+    def __init__(self, program: tuple[int, ...]) -> None:
         self.program = program
         vars(self).update(DTYPES)
 
@@ -122,6 +145,39 @@ class Language:
         """Return the smaller."""
         return Value(torch.minimum(*torch.broadcast_tensors(*map(torch.as_tensor, (raw(a), raw(b))))))
 
+    def maximum(self, a: Any, b: Any) -> Value:
+        """Return the larger."""
+        return Value(torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (raw(a), raw(b))))))
+
+    def max(self, value: Value, axis: int) -> Value:
+        """Return the largest."""
+        return Value(value.data.amax(axis))
+
+    def min(self, value: Value, axis: int) -> Value:
+        """Return the least."""
+        return Value(value.data.amin(axis))
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """Choose values, or one of two addresses."""
+        if isinstance(a, Pointer):
+            return a if condition else b
+        return Value(torch.where(torch.as_tensor(raw(condition)), torch.as_tensor(raw(a)), torch.as_tensor(raw(b))))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Value:
+        """Multiply and add; the product of two float32 is exact."""
+        a, b, c = (torch.as_tensor(raw(value)).double() for value in (a, b, c))
+        return Value((a * b + c).float())
+
+    def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: Any) -> Value:
+        """Return one value many times."""
+        return Value(torch.full(shape, value, dtype=dtype))
+
+    def warp_specialize(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *sizes: list[int]) -> None:
+        """Run functions side by side, until all have ended."""
+        with ThreadPoolExecutor(len(parts)) as pool:
+            for running in [pool.submit(function, *arguments) for function, arguments in parts]:
+                running.result()
+
     def static_assert(self, held: bool, words: str = "") -> None:
         """Check."""
         assert held, words
@@ -132,8 +188,7 @@ class Language:
 
     def program_id(self, axis: int) -> Value:
         """Return the program."""
-        assert axis == 0
-        return Value(torch.tensor(self.program))
+        return Value(torch.tensor(self.program[axis]))
 
     def to_tensor(self, value: int) -> Value:
         """Return a scalar."""
@@ -192,6 +247,12 @@ class Language:
         self, text: str, constraints: str, values: Any, *, dtype: Any, is_pure: bool, pack: int
     ) -> Any:
         """Run PTX; with `pack` 4 a register holds four bytes that stand side by side."""
+        if "griddepcontrol" in text or "prefetch" in text:
+            return None
+        if dtype is torch.int8:  # four words of one register each become the four bytes of one
+            words = values[0].data.reshape(-1, 4).int().numpy().view(np.uint32)
+            (found,) = run_ptx(text, [words[:, place] for place in range(pack)], 1)
+            return Value(torch.from_numpy(found.copy().view(np.int8)).view(values[0].data.shape))
         several = isinstance(dtype, tuple)
         outputs = len(dtype) if several else 1
         assert len(constraints.split(",")) == outputs + len(values)
@@ -206,7 +267,7 @@ class Language:
 def copy_box(source: Description, place: list[Any], barrier: Barrier, memory: Memory, pred: Any) -> None:
     """Ask for a copy of a box; a box that begins past the end is still one."""
     if pred:
-        barrier.copy(source.read(*(int(raw(at)) for at in place)), memory, pred)
+        barrier.copy(source.read([int(raw(at)) for at in place]), memory, pred)
 
 
 def barriers() -> SimpleNamespace:
@@ -215,21 +276,25 @@ def barriers() -> SimpleNamespace:
         MBarrierLayout=lambda: "barriers",
         init=lambda barrier, count: None,
         expect=lambda barrier, size, pred: barrier.expect(size, pred),
-        wait=lambda barrier, phase: barrier.wait(phase),
+        wait=lambda barrier, phase, pred=True: barrier.wait(phase, pred),
+        arrive=lambda barrier, count: barrier.arrive(),
         invalidate=lambda barrier: barrier.invalidate(),
     )
 
 
-def product(a: Value, b: Memory, sums: Value, is_async: bool) -> Value:
-    """Multiply in float32."""
+def product(a: Value, b: Memory, sums: Value, is_async: bool, use_acc: bool = True) -> Value:
+    """Multiply in the type of the sums."""
     assert a.data.dtype is b.data.dtype
-    return Value(a.data.float() @ b.data.float() + sums.data)
+    kind = sums.data.dtype
+    return Value(a.data.to(kind) @ b.data.to(kind) + sums.data * use_acc)
 
 
 def _executed(text: str, names: dict[str, Any]) -> dict[str, Any]:
     """Execute a module's functions with stand-ins for what it imports."""
     scope = dict(names)
-    exec(re.sub(r"(?m)^from .*$", "", text), scope)
+    for module, name in re.findall(r"(?m)^from mobiquant_compiler\.codegen\.(\w+) import (\w+)$", text):
+        scope[name] = getattr(names[module], name)
+    exec(re.sub(r"(?m)^from .*$", "", text).replace(".primitive_bitwidth", ".itemsize * 8"), scope)
     return scope
 
 
@@ -243,7 +308,7 @@ def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> N
     def scalars(stop: Any) -> Iterator[Value]:
         return (Value(torch.tensor(number)) for number in range(int(operator.index(stop))))
 
-    for program in range(grid[0]):
+    for program in np.ndindex(*grid):
         language = Language(program)
         names = {
             "gl": language,
@@ -266,6 +331,6 @@ def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> N
 
 def _argument(name: str, spec: KernelSpec, arguments: dict[str, Any]) -> Pointer | Value | Description:
     if boxes.is_described(name):
-        return Description(arguments["x_ptr"], boxes.box_of(name, spec))
+        return Description(arguments[boxes.source_of(name)], list(boxes.box_of(name, spec).shape))
     value = arguments[name]
     return Pointer(value.view(-1)) if isinstance(value, Tensor) else Value(torch.tensor(value, dtype=torch.int32))

@@ -22,8 +22,8 @@ def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarra
         name, rest = statement.strip().split(" ", 1)
         target, *sources = (part.strip() for part in rest.split(","))
         values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        assert name == "prmt.b32", f"{name} is not known here"
-        result = _permuted(values[0], values[1], int(sources[2], 0))
+        assert name in ("prmt.b32", "mov.b32"), f"{name} is not known here"
+        result = values[0] if name == "mov.b32" else _permuted(values[0], values[1], int(sources[2], 0))
         registers[target] = np.asarray(result, dtype=np.uint32)
     return [registers[f"${number}"] for number in range(outputs)]
 
@@ -90,6 +90,10 @@ class Pointer:
         self.memory, self.at = memory, at
         self.dtype = SimpleNamespace(element_ty=memory.dtype)
 
+    def to(self, dtype: torch.dtype) -> Pointer:
+        """Return it: an address is a number."""
+        return self
+
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.at + torch.as_tensor(raw(offset)).long())
 
@@ -124,6 +128,10 @@ class Memory:
     def index(self, number: int) -> Memory:
         """Return one of the first dimension."""
         return Memory(self.data[int(raw(number))])
+
+    def reshape(self, shape: list[int]) -> Memory:
+        """Return it in another shape."""
+        return Memory(self.data.view(shape))
 
     def permute(self, order: tuple[int, ...]) -> Memory:
         """Return it with its dimensions in another order."""

@@ -1,4 +1,4 @@
-"""Where the bytes of quantized activations lie: written by `route_quantize`, read as lanes multiply them."""
+"""Where the bytes of quantized activations lie: written by `route_quantize`, read by lanes or warpgroups."""
 
 import triton
 import triton.language as tl
@@ -36,6 +36,25 @@ def activation_places(offs_g, token, blocks, GROUP: tl.constexpr):
     within = (tl.arange(0, PARTS)[None, :] * 32 + lane[:, None]) * WORDS
     within = within[:, :, None] + tl.arange(0, WORDS)[None, None, :]
     return ((offs_g.to(tl.int64) * blocks + token // 8) * (2 * GROUP))[:, None, None, None] + within[None, :, :, :]
+
+
+@triton.jit
+def row_places(offs_g, token, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr):
+    """Return where each word of a token's groups goes where tokens are rows of 128 columns, high halves first.
+
+    Words are ordered by 128 columns, half, token, group, place in a quarter of it, quarter: as products of warpgroups
+    read them (`batch_operands`).
+
+    Shapes: as `activation_places`; those of low halves are ``256 blocks`` further on.
+    """
+    WORDS: tl.constexpr = part_words(GROUP)
+    span = offs_g.to(tl.int64) * GROUP // 128
+    row = span * (HALVES * 8) * blocks + token
+    word = row * 32 + (offs_g * GROUP % 128) // 4
+    place = tl.arange(0, GROUP // 16) * 4
+    within = tl.arange(0, 4)[:, None] + place[None, :]
+    within = tl.reshape(within, [4, GROUP // 16 // WORDS, WORDS])
+    return word[:, None, None, None] + within[None, :, :, :]
 
 
 @triton.jit

@@ -1,17 +1,36 @@
-"""Tensor descriptors: how kernels that copy boxes of activations to shared memory see them (Gluon)."""
+"""Tensor descriptors: how kernels that copy boxes of tensors to shared memory see them (Gluon)."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from mobiquant_compiler.spec import KernelSpec
+from mobiquant_compiler.spec import Activation, KernelSpec
 
 # Parts of BLOCK_M that tiles of sliced_wgmma have; a box is as many tokens by 64 columns, 128 bytes.
 _HALVINGS = {"x_desc": 0, "x_half_desc": 1, "x_quarter_desc": 2}
-COLUMNS = 64
+_X_COLUMNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What a kernel reads by a descriptor.
+
+    Attributes:
+        shape: Of a box.
+        dtype: Triton's name of its elements, "" for those of the activations.
+        bits: Of an element.
+        swizzle: Bytes over which a row is permuted in shared memory, 0 for none.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int
+    swizzle: int
 
 
 def is_described(parameter: str) -> bool:
@@ -19,31 +38,45 @@ def is_described(parameter: str) -> bool:
     return parameter.endswith("_desc")
 
 
-def box_of(parameter: str, spec: KernelSpec) -> list[int]:
-    """Return the shape of the boxes that a kernel reads by a descriptor.
+def source_of(parameter: str) -> str:
+    """Return the argument of a launch that a descriptor parameter describes."""
+    return "x_ptr" if parameter in _HALVINGS else parameter.replace("_desc", "_ptr")
+
+
+def box_of(parameter: str, spec: KernelSpec) -> Box:
+    """Return the boxes that a kernel reads by a descriptor.
 
     Raises:
         KeyError: no template has such a parameter.
     """
-    return [spec.block_m >> _HALVINGS[parameter], COLUMNS]
+    if parameter in _HALVINGS:
+        return Box((spec.block_m >> _HALVINGS[parameter], _X_COLUMNS), "", 16, 128)
+    halves = 2 if spec.activation is Activation.A16 else 1
+    return {
+        "acts_desc": Box((halves * spec.group // 64, spec.block_m, 128), "i8", 8, 128),
+        "facts_desc": Box((2, 2 * spec.block_m), "fp32", 32, 0),
+        "sums_desc": Box((2, spec.block_m), "i32", 32, 0),
+        "slices_desc": Box((spec.block_n, spec.group // 8), "i32", 32, spec.group // 2),
+    }[re.sub(r"\d", "", parameter)]
 
 
 def describe(tensor: Tensor, parameter: str, spec: KernelSpec) -> Any:
-    """Return the descriptor of a tensor [rows, columns] of 16-bit values, contiguous; past its end boxes hold zeros."""
+    """Return the descriptor of a contiguous tensor of as many dimensions as a box; past its end boxes hold zeros."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(tensor, box_of(parameter, spec), _layout(spec.block_m >> _HALVINGS[parameter]))
+    box = box_of(parameter, spec)
+    return TensorDescriptor.from_tensor(tensor, list(box.shape), _layout(box))
 
 
 def descriptor_type(parameter: str, spec: KernelSpec, dtype: str) -> str:
-    """Return the Triton type of a descriptor parameter for values of `dtype`, as "bf16"."""
-    rows, columns = box_of(parameter, spec)
-    return f"tensordesc<{dtype}[{rows}, {columns}],{_layout(rows)!r}>"
+    """Return the Triton type of a descriptor parameter; `dtype` is that of activations, as "bf16"."""
+    box = box_of(parameter, spec)
+    return f"tensordesc<{box.dtype or dtype}{list(box.shape)},{_layout(box)!r}>"
 
 
-@lru_cache(maxsize=8)
-def _layout(rows: int) -> Any:
+@lru_cache(maxsize=32)
+def _layout(box: Box) -> Any:
     """Return how a box lies in shared memory, as products of warpgroups read it."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([rows, COLUMNS], gl.bfloat16)
+    return gl.NVMMASharedLayout(box.swizzle, box.bits, len(box.shape))

@@ -57,10 +57,12 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
         """Enqueue the kernel; arguments of parameters that specialisation dropped are left out.
 
-        Parameters that take descriptors get those of `x_ptr`.
+        Parameters that take descriptors get those of the tensors that `boxes.source_of` names.
         """
         given = {
-            name: boxes.describe(arguments["x_ptr"], name, self.spec) if boxes.is_described(name) else arguments[name]
+            name: boxes.describe(arguments[boxes.source_of(name)], name, self.spec)
+            if boxes.is_described(name)
+            else arguments[name]
             for name in self.parameters
         }
         self.function[grid](**given, **self.options)

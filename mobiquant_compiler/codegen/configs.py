@@ -117,6 +117,7 @@ def shared_bytes(spec: KernelSpec) -> int:
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
+    - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
     - sliced_wgmma: stages of 128 columns of activations, or the tile of outputs on its way out; barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
@@ -124,9 +125,23 @@ def shared_bytes(spec: KernelSpec) -> int:
         return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
         return 4 * spec.block_n * spec.block_w
+    if spec.family is Family.BATCH_WGMMA:
+        return _batch_bytes(spec)
     if spec.family is Family.SLICED_WGMMA:
         return 2 * spec.block_m * max(128 * spec.num_stages, spec.block_n) + 1024
     return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
+
+
+def _batch_bytes(spec: KernelSpec) -> int:
+    """Estimate the shared memory of batch_wgmma: the body of most bytes; from three slices on a stage less."""
+    halves = 2 if spec.activation is Activation.A16 else 1
+    tokens = spec.block_m * (2 * halves * spec.group + 2 * 12)
+    slices = len(spec.widths)
+    bodies = [(slices, spec.num_stages - (slices > 2)), (min(slices, 2), spec.num_stages)]
+    words = spec.block_n * spec.group // 2
+    stages = max(spec.consumers * stages * (tokens + count * words + 16) for count, stages in bodies)
+    levels = spec.consumers * (4 - spec.consumers) * 4 * spec.block_n * spec.block_m
+    return stages + levels + 1024
 
 
 def fits(spec: KernelSpec, target: Target) -> bool:
@@ -172,13 +187,12 @@ def kernel_spec(
     hidden: int = 0,
     long: bool = False,
     sorted_rows: bool = True,
+    token_rows: bool = False,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
 
-    By the arguments alone, so that kernels can be warmed up. Options that a family does not have are left out. Of `n`,
-    the output rows of all weights, counts whether they are few; `hidden` is a trained router's width, `long` calls
-    have more than `PREFILL_TOKENS` tokens.
+    Options that a family does not have are left out. `n` is the rows of all weights, `long` more than `PREFILL_TOKENS`.
 
     Raises:
         KernelDoesNotFit: no tile fits the target.
@@ -186,7 +200,7 @@ def kernel_spec(
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
     hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
-    early = _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
+    early = 0 if not overlap else _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
     specs = (
         KernelSpec(
             family=family,
@@ -201,6 +215,7 @@ def kernel_spec(
             quantize=quantize and first,
             hidden=hidden,
             columns=k if first else 0,
+            token_rows=token_rows and quantize and first,
             block_m=tile.block_m,
             block_n=tile.block_n,
             row_tiles=tile.row_tiles,
@@ -208,18 +223,18 @@ def kernel_spec(
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
             overlap=overlap,
-            prefetch=early if overlap else 0,
+            prefetch=early,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
             emulate=emulate and (mma or hidden > 0),
         )
-        for tile in ((_network_tile(weight, k, hidden, long),) if hidden > 0 else _tiles(family, weight, k, tokens))
+        for tile in ((_network_tile(weight, k, hidden, long),) if hidden else _tiles(family, weight, k, tokens))
     )
     return choose(tuple(specs), target)
 
 
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
-    assert family is not Family.SLICED_WGMMA, "wgmma_spec chooses it"
+    assert family not in (Family.SLICED_WGMMA, Family.BATCH_WGMMA), "wgmma_spec and batch_spec choose them"
     if family is Family.ROUTE_QUANTIZE:
         # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
         warps = 4 if k <= _LONG else 8

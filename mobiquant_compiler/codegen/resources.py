@@ -17,7 +17,7 @@ from mobiquant_compiler.spec import KernelSpec
 _REGISTERS = 65536  # of a multiprocessor, for every target
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z]\w*)", re.MULTILINE)
-_PRODUCTS = ("IMMA", "HMMA", "HGMMA")
+_PRODUCTS = ("IMMA", "HMMA", "HGMMA", "IGMMA")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ _FIXED = {
     "offsets_ptr": "*i32",
     "rows_ptr": "*i32",
     "slices_ptr": "*i32",
+    "sums_ptr": "*i32",
     "tokens": "i32",
     "columns": "i32",
     "capacity": "i32",

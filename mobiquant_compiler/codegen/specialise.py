@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 # Modules of jitted functions that templates call.
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
-    *("scaling", "products", "steps", "chains", "tiles"),
+    *("scaling", "products", "steps", "chains", "tiles", "batch_operands", "batch_copies", "batches"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
@@ -50,6 +50,8 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "COLUMNS": spec.columns,
         "ROW_UNIT": spec.row_unit,
         "NUM_STAGES": spec.num_stages,
+        "CONSUMERS": spec.consumers,
+        "TOKEN_ROWS": spec.token_rows,
         "EMULATE": spec.emulate,
     }
 

@@ -12,7 +12,10 @@ from mobiquant_compiler.errors import TritonMissing
 # Kernels say `tl.fma` where they mean it: a compiler's choice of contraction differs from body to body, and Triton's
 # default is about to change.
 FP_FUSION = False
-_GLUON = ("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
+_GLUON = (
+    *("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
+    *("SharedLinearLayout", "warp_specialize"),
+)
 _HOPPER = ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import TooManyRows
-from mobiquant_compiler.spec import Activation, KernelSpec
+from mobiquant_compiler.spec import Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,16 +38,18 @@ class LaunchableKernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Tokens ready to be multiplied: slice counts and activations in fixed point, in the order lanes load them.
+    """Tokens ready to be multiplied: slice counts and activations in fixed point, as lanes load them or as rows.
 
     Attributes:
         counts: Slice counts, int32 [T].
-        high: High halves (all there is in a8), int8 [groups, blocks of 8 tokens, 32 lanes, group / 4].
-        low: Low halves, the same shape; empty in a8.
+        high: High halves (all there is in a8), int8 [groups, blocks of 8 tokens, 32 lanes, group / 4]; where tokens are
+            rows of 128 columns, both halves, int8 [columns / 128, halves, 8 blocks, 128].
+        low: Low halves, the same shape; empty in a8, and where tokens are rows.
         affine: Step, and minus step times the sum of the integers, float32 [groups, 8 blocks, 2].
         shape: Leading dimensions of the activations.
         columns: K, columns before padding.
         dtype: Of the activations, and so of the outputs.
+        sums: Sums of the integers, int32 [groups, 8 blocks], where tokens are rows; None where they are not.
     """
 
     counts: Tensor
@@ -57,6 +59,7 @@ class Prepared:
     shape: tuple[int, ...]
     columns: int
     dtype: torch.dtype
+    sums: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -147,12 +150,10 @@ def prepare(
     groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
     if counts is None:
         counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
-    halves = (2 if spec.activation is Activation.A16 else 1) if spec.quantize else 0
-    bytes_ = torch.empty(halves, groups, blocks, 32, spec.group // 4, dtype=torch.int8, device=x.device)
-    affine = torch.empty(groups if halves else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
-    high = bytes_[0] if halves else bytes_
-    low = bytes_[1] if halves == 2 else bytes_[:0]
-    prepared = Prepared(counts.reshape(-1).contiguous(), high, low, affine, tuple(x.shape[:-1]), columns, x.dtype)
+    high, low, sums = _scratch(spec, blocks, x.device)
+    affine = torch.empty(groups if spec.quantize else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
+    shape, flat = tuple(x.shape[:-1]), counts.reshape(-1).contiguous()
+    prepared = Prepared(flat, high, low[:0] if spec.token_rows else low, affine, shape, columns, x.dtype, sums)
     if tokens:
         energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
         programs = ceil_div(spec.k, spec.block_w) if spec.quantize else 0
@@ -173,14 +174,31 @@ def prepare(
                 high_ptr=high.view(torch.int32),
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
+                sums_ptr=sums,
                 tokens=tokens,
                 capacity=0 if mask is None else mask.numel(),
             )
     return prepared
 
 
+def _scratch(spec: KernelSpec, blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return memory for high halves, low halves and the sums of integers; as rows both halves share the first."""
+    halves = (2 if spec.activation is Activation.A16 else 1) if spec.quantize else 0
+    groups = spec.k // spec.group
+    if spec.token_rows:
+        rows = torch.empty(ceil_div(spec.k, 128), halves, blocks * 8, 128, dtype=torch.int8, device=device)
+        return rows, rows[:, halves - 1], torch.empty(groups, blocks * 8, dtype=torch.int32, device=device)
+    lanes = torch.empty(halves, groups, blocks, 32, spec.group // 4, dtype=torch.int8, device=device)
+    return lanes[0] if halves else lanes, lanes[1] if halves == 2 else lanes[:0], None
+
+
 def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight]) -> list[Tensor]:
-    """Launch sliced_mma: multiply prepared tokens by every weight, each token by the slices its count says.
+    """Launch sliced_mma or batch_wgmma: multiply prepared tokens by every weight, each by the slices its count says.
+
+    Args:
+        kernel: sliced_mma for tokens as lanes load them, batch_wgmma for rows.
+        prepared: What `prepare` gave for as many columns.
+        weights: Of batch_wgmma, with rows that are a multiple of its ``row_unit``.
 
     Returns:
         [..., N] a weight, in the dtype of the activations.
@@ -196,28 +214,51 @@ def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Wei
     ys = [torch.empty(*prepared.shape, w.rows, dtype=prepared.dtype, device=device) for w in weights]
     if tokens == 0:
         return ys
-    arguments: dict[str, Any] = {}
+    own = _rows_arguments(prepared) if spec.family is Family.BATCH_WGMMA else _lanes_arguments(prepared)
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
-        mark = str(number or "")
-        arguments |= {
-            f"slices{mark}_ptr": aligned(weight.slices),
-            f"scale{mark}_ptr": aligned(weight.scale),
-            f"zero{mark}_ptr": aligned(weight.zero),
-            f"bias{mark}_ptr": _packed(weight.bias),
-            f"y{mark}_ptr": y,
-            f"n{mark}_rows": weight.rows,
-        }
+        own |= _weight_arguments(spec, str(number or ""), weight, y)
     with _current(prepared.counts):
-        kernel.launch(
-            (ceil_div(tokens, spec.block_m), blocks),
-            high_ptr=prepared.high.view(torch.int32),
-            low_ptr=prepared.low.view(torch.int32),
-            affine_ptr=prepared.affine.view(torch.int32),
-            counts_ptr=prepared.counts,
-            tokens=tokens,
-            **arguments,
-        )
+        kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)
     return ys
+
+
+def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:
+    """Return the activations of a launch of sliced_mma."""
+    assert prepared.sums is None, "these tokens are rows"
+    return {
+        "high_ptr": prepared.high.view(torch.int32),
+        "low_ptr": prepared.low.view(torch.int32),
+        "affine_ptr": prepared.affine.view(torch.int32),
+    }
+
+
+def _rows_arguments(prepared: Prepared) -> dict[str, Any]:
+    """Return the activations of a launch of batch_wgmma, each of as many dimensions as its boxes have."""
+    assert prepared.sums is not None, "these tokens are as lanes load them"
+    return {
+        "acts_ptr": prepared.high.flatten(0, 1),
+        "facts_ptr": prepared.affine.flatten(1),
+        "sums_ptr": prepared.sums,
+    }
+
+
+def _weight_arguments(spec: KernelSpec, mark: str, weight: Weight, y: Tensor) -> dict[str, Any]:
+    """Return the arguments of a launch that are about one weight."""
+    slices = aligned(weight.slices)
+    assert slices is not None, "a weight has slices"
+    if spec.family is Family.BATCH_WGMMA:
+        assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
+        rows = {f"row{mark}_units": weight.rows // spec.row_unit}
+        slices = slices.view(-1, spec.k // 16)  # a slice of two bits has 16 columns a word
+    else:
+        rows = {f"n{mark}_rows": weight.rows}
+    return rows | {
+        f"slices{mark}_ptr": slices,
+        f"scale{mark}_ptr": aligned(weight.scale),
+        f"zero{mark}_ptr": aligned(weight.zero),
+        f"bias{mark}_ptr": _packed(weight.bias),
+        f"y{mark}_ptr": y,
+    }
 
 
 def counts_of_offsets(offsets: Tensor, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobiquant_compiler import wiring
+from mobiquant_compiler import warming, wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel
 from mobiquant_compiler.packing import unpack
@@ -199,7 +199,7 @@ def test_a_captured_graph_follows_counts(tokens: int) -> None:
 
 def test_calls_take_this_way_and_warmed_ones_compile_nothing() -> None:
     case = random_case(SPECS[0], 300, 264, 384, dtype=torch.bfloat16, device="cuda")
-    wiring.warm_kernels(SPECS[0], 264, 384, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
+    warming.warm_kernels(SPECS[0], 264, 384, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
     before = cache.compiled_kernels()
     for tokens in (65, 300):
         part = replace(case, x=case.x[:tokens], counts=case.counts[:tokens])

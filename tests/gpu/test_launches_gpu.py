@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mobiquant_compiler as mq
-from mobiquant_compiler import reference, wiring
+from mobiquant_compiler import reference, warming, wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime import launch
@@ -116,7 +116,7 @@ def test_a_captured_graph_follows_thresholds(tokens: int, parts: int) -> None:
     cases = siblings(spec, tokens, (130, 20, 7)[:parts], bias=True)
     router, thresholds, hist, mask = router_of(K)
     rows = sum(case.slices.shape[1] for case in cases)
-    wiring.warm_kernels(spec, rows, K, torch.float32, WHERE, bias_dtype=torch.float32, parts=parts)
+    warming.warm_kernels(spec, rows, K, torch.float32, WHERE, bias_dtype=torch.float32, parts=parts)
 
     def step() -> list[Tensor]:
         routing = (cases[0].x, router, thresholds, hist, mask, "energy")
@@ -145,7 +145,7 @@ def test_a_captured_graph_follows_thresholds(tokens: int, parts: int) -> None:
 def test_a_captured_graph_follows_counts(tokens: int) -> None:
     torch.use_deterministic_algorithms(False)
     case = integer_case(SPECS[0], tokens, 130, K, device=WHERE)
-    wiring.warm_kernels(SPECS[0], 130, K, torch.float32, WHERE)
+    warming.warm_kernels(SPECS[0], 130, K, torch.float32, WHERE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = wiring.routed_linear(*case.arguments, case.spec)
@@ -224,7 +224,7 @@ def test_kernels_that_overlap_wait_for_what_they_read(tokens: int) -> None:
 def test_nothing_compiles_after_warming_up(parts: int, activation: Activation, dtype: torch.dtype) -> None:
     spec, k = SliceSpec((2, 1, 2), 64), 576
     rows = 48 * parts
-    wiring.warm_kernels(spec, rows, k, dtype, WHERE, bias_dtype=dtype, parts=parts, activation=activation)
+    warming.warm_kernels(spec, rows, k, dtype, WHERE, bias_dtype=dtype, parts=parts, activation=activation)
     compiled = cache.compiled_kernels()
     assert compiled > 0
     energy = torch.ones(k, device=WHERE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mobiquant_compiler as mq
-from mobiquant_compiler import reference, wiring
+from mobiquant_compiler import reference, warming, wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.linear import Router, elastic_linears
 from mobiquant_compiler.ops import OPS
@@ -168,7 +168,7 @@ def test_a_captured_graph_follows_thresholds(tokens: int) -> None:
     k, spec = 200, SPECS[0]
     case, router = integer_case(spec, tokens, 130, k, device=WHERE), random_network(k, 4, 12, device=WHERE)
     thresholds, hist = torch.zeros(3, device=WHERE), torch.zeros(4, dtype=torch.int64, device=WHERE)
-    wiring.warm_kernels(spec, 130, k, torch.float32, WHERE, hidden=12)
+    warming.warm_kernels(spec, 130, k, torch.float32, WHERE, hidden=12)
     step, compiled = step_of(case, router, thresholds, hist), cache.compiled_kernels()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -190,7 +190,7 @@ def test_a_captured_graph_follows_thresholds(tokens: int) -> None:
 @pytest.mark.parametrize("hidden", [12, 20])
 def test_nothing_compiles_after_warming_up_and_nothing_falls_back(hidden: int, dtype: torch.dtype) -> None:
     spec, k = SliceSpec((2, 1, 2), 64), 576
-    wiring.warm_kernels(spec, 48, k, dtype, WHERE, bias_dtype=dtype, hidden=hidden)
+    warming.warm_kernels(spec, 48, k, dtype, WHERE, bias_dtype=dtype, hidden=hidden)
     compiled, router = cache.compiled_kernels(), random_network(k, 3, hidden, device=WHERE)
     hist, mask = torch.zeros(3, dtype=torch.int64, device=WHERE), torch.zeros(1, dtype=torch.int32, device=WHERE)
     reset_execution_paths()

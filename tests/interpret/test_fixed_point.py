@@ -20,11 +20,11 @@ LARGEST = 32637  # of a16: its high half rounds to a signed byte, with the low o
 QUARTERS = [0, 2, 1, 3]  # which quarter of a group the four lanes of a quad hold
 
 
-def prepare(x: Tensor, group: int, activation: Activation = A16) -> Prepared:
+def prepare(x: Tensor, group: int, activation: Activation = A16, *, token_rows: bool = False) -> Prepared:
     """Quantize tokens; all have one slice."""
     counts = torch.ones(x.shape[:-1], dtype=torch.int32)
-    spec = SliceSpec((2, 2), group)
-    kernel = prepare_kernel(spec, x.shape[-1], Target.of(80), activation, route=False, quantize=True)
+    facts = {"route": False, "quantize": True, "token_rows": token_rows}
+    kernel = prepare_kernel(SliceSpec((2, 2), group), x.shape[-1], Target.of(80), activation, **facts)
     return launch.prepare(kernel, x, counts=counts)
 
 
@@ -40,6 +40,17 @@ def integers(prepared: Prepared) -> Tensor:
     """Return the fixed-point activations int32 [T, groups, group]."""
     high = in_order(prepared.high, prepared.tokens)
     return 256 * high + in_order(prepared.low, prepared.tokens) if prepared.low.numel() else high
+
+
+def integers_of_rows(prepared: Prepared, group: int) -> Tensor:
+    """Return the fixed-point activations int32 [T, groups, group] of tokens that are rows of 128 columns."""
+    spans, halves, rows, _ = prepared.high.shape
+    by_half = prepared.high.int().unbind(1)
+    xi = 256 * by_half[0] + by_half[1] if halves == 2 else by_half[0]
+    # Words of four columns are ordered by place in a quarter of the group, then by quarter.
+    words = xi.view(spans, rows, 128 // group, group // 16, 4, 4).transpose(3, 4)
+    groups = prepared.affine.shape[0]
+    return words.permute(1, 0, 2, 3, 4, 5).reshape(rows, -1, group)[: prepared.tokens, :groups]
 
 
 def facts(prepared: Prepared) -> tuple[Tensor, Tensor]:
@@ -86,6 +97,19 @@ def test_activations_are_rounded_to_multiples_of_their_groups_step(
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, k, generator=g) * torch.exp2(torch.randint(-12, 12, (tokens, k), generator=g).float())
     check(x.to(dtype), group, activation)
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("group", [64, 128])
+def test_tokens_as_rows_are_the_same_integers(group: int, activation: Activation) -> None:
+    for tokens, k in ((1, 128), (9, 192), (17, 400)):
+        x = torch.randn(tokens, k)
+        lanes, rows = prepare(x, group, activation), prepare(x, group, activation, token_rows=True)
+        found = integers_of_rows(rows, group)
+        assert torch.equal(found, integers(lanes))
+        assert torch.equal(rows.affine[:, :tokens], lanes.affine[:, :tokens])
+        assert rows.sums is not None
+        assert torch.equal(rows.sums[:, :tokens].t(), found.sum(-1).int())
 
 
 @pytest.mark.parametrize("activation", list(Activation))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobiquant_compiler import reference, wiring
+from mobiquant_compiler import reference, warming, wiring
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.runtime.paths import execution_paths, reset_execution_paths
@@ -229,7 +229,7 @@ def test_warming_up_loads_every_kernel_that_calls_need(
     from mobiquant_compiler.codegen import cache
 
     half, spec = torch.float16, SliceSpec((2, 1), 32)
-    launched = wiring.warm_kernels(
+    launched = warming.warm_kernels(
         spec, 20, K, half, "cpu", bias_dtype=half, parts=parts, max_tokens=2, activation=activation
     )
     assert launched >= 3, "one that routes and quantizes, one that multiplies one token, one that multiplies two"

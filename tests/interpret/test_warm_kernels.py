@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobiquant_compiler import kernels, wiring
+from mobiquant_compiler import kernels, warming
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.codegen.configs import TokenClass
 from mobiquant_compiler.launches import Launch, kernels_of
@@ -28,7 +28,7 @@ def test_the_kernels_of_a_launch(
         spec, 8, 40, CPU, torch.float32, bias_dtype=torch.float32, parts=parts, activation=activation, hidden=hidden
     )
     options = {"bias_dtype": launch.bias_dtype, "parts": parts, "activation": activation, "hidden": hidden}
-    wiring.warm_kernels(spec, launch.n, launch.k, launch.x_dtype, CPU, max_tokens=longest, **options)
+    warming.warm_kernels(spec, launch.n, launch.k, launch.x_dtype, CPU, max_tokens=longest, **options)
     classes = [tokens for tokens in TokenClass if longest is None or tokens.sample <= longest]
     wanted = set(kernels_of(launch, kernels.target_of(CPU), classes, workspace=longest is None, emulate=True))
     wanted = {spec for spec in wanted if spec.family is not Family.DEQUANTIZE}  # a CPU goes no way of a workspace

@@ -18,23 +18,16 @@ from mobiquant_compiler.codegen.configs import (
     fits,
     kernel_spec,
     shared_bytes,
-    wgmma_spec,
 )
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit, TritonMissing
-from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Family, KernelSpec, Layout, SliceSpec
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Family, Layout, SliceSpec
+from tests.chosen_specs import spec_of
 
 H100 = Target.of(90)
 MMA, FIRST, DEQUANTIZE = Family.SLICED_MMA, Family.ROUTE_QUANTIZE, Family.DEQUANTIZE
-GATHER, WGMMA = Family.GATHER_TOKENS, Family.SLICED_WGMMA
-IN_TABLE = [family for family in Family if family is not WGMMA]  # which has a chooser of its own
-
-
-def spec_of(family: Family, spec: SliceSpec | None = None, tokens: int = 1, **options) -> KernelSpec:
-    """Choose a kernel of `family` for 4096 columns."""
-    if family is WGMMA:
-        return wgmma_spec(spec or SliceSpec(), 4096, H100, small=tokens < 2, **options)
-    return kernel_spec(family, spec or SliceSpec(), 4096, TokenClass.of(tokens), H100, **options)
+GATHER, WGMMA, BATCH = Family.GATHER_TOKENS, Family.SLICED_WGMMA, Family.BATCH_WGMMA
+IN_TABLE = [family for family in Family if family not in (WGMMA, BATCH)]  # which have choosers of their own
 
 
 def parameters(source: str, function: str) -> list[str]:
@@ -55,7 +48,7 @@ def test_no_bound_name_is_left(family: Family) -> None:
     assert "static_assert" not in source
     for name in parameters(source, family):
         if boxes.is_described(name):
-            assert boxes.box_of(name, spec)[1] == 64
+            assert len(boxes.box_of(name, spec).shape) in (2, 3)
         else:
             parameter_type(name, family, Dtypes())
 
@@ -88,10 +81,15 @@ def test_dead_branches_and_their_parameters_are_gone() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_a_launch_has_parameters_for_its_weights_and_no_others(parts: int) -> None:
-    source = specialise.specialise(spec_of(MMA, parts=parts, has_bias=True))
-    found = parameters(source, "sliced_mma")
-    for stem in ("slices{}_ptr", "scale{}_ptr", "zero{}_ptr", "bias{}_ptr", "y{}_ptr", "n{}_rows"):
+@pytest.mark.parametrize(
+    ("family", "own"), [(MMA, ("slices{}_ptr", "n{}_rows")), (BATCH, ("slices{}_desc", "row{}_units"))], ids=str
+)
+def test_a_launch_has_parameters_for_its_weights_and_no_others(
+    family: Family, own: tuple[str, ...], parts: int
+) -> None:
+    source = specialise.specialise(spec_of(family, parts=parts, has_bias=True))
+    found = parameters(source, family)
+    for stem in (*own, "scale{}_ptr", "zero{}_ptr", "bias{}_ptr", "y{}_ptr"):
         names = [stem.format(mark) for mark in ("", "1", "2", "3")]
         assert [name in found for name in names] == [number < parts for number in range(4)]
 
@@ -107,6 +105,7 @@ def test_either_half_of_the_first_kernel_can_stand_alone() -> None:
     assert found(quantize=False) == found() - bytes_
     assert found(route=False) == found() - routing
     assert found(activation=Activation.A8) == found() - {"low_ptr"}
+    assert found(token_rows=True) == found() | {"sums_ptr"}
     assert found(hidden=12) == found() | {"hidden_ptr", "hidden_bias_ptr", "out_ptr", "out_bias_ptr"}
 
 
@@ -274,35 +273,6 @@ def test_the_cache_key_moves_with_the_spec_the_template_and_triton(monkeypatch: 
     assert key != cache.cache_key(spec)
 
 
-def read_by(path: Path) -> set[Path]:
-    """Return the files of `codegen` that a file imports, and those that they import."""
-    found: set[Path] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mobiquant_compiler"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            files = {
-                Path(str(path).partition("mobiquant_compiler")[0], *name.split(".")).with_suffix(".py")
-                for name in names
-            }
-            found |= {file for file in files if file.is_file()}
-    return found.union(*(read_by(file) for file in found)) if found else found
-
-
-@pytest.mark.parametrize("family", list(Family))
-def test_the_cache_key_moves_with_every_file_that_a_kernel_runs(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec_of(family)
-    key = cache.cache_key(spec)
-    template = specialise.template_path(family)
-    files = read_by(template) | {template}
-    assert len(files) > 1 or family is GATHER, "templates share functions"
-    source = specialise._source
-    for file in files:
-        monkeypatch.setattr(specialise, "_source", lambda path, file=file: source(path) + "#" * (path == file))
-        assert key != cache.cache_key(spec), f"{file.name} could change under a kernel that is kept"
-
-
 def test_names_differ_where_specs_differ() -> None:
     spec = spec_of(MMA)
     changes = {
@@ -325,7 +295,9 @@ def test_names_differ_where_specs_differ() -> None:
         "num_warps": 2,
         "columns": 2000,
         "num_stages": 5,
+        "consumers": 2,
         "row_unit": 8,
+        "token_rows": True,
         "overlap": not spec.overlap,
         "prefetch": 32,
         "max_registers": 99,

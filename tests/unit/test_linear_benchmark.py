@@ -30,7 +30,10 @@ class Wiring:
 
     wrong = 0.0
 
-    def prepare(self, x, router, thresholds, hist, mask, spec, activation):
+    def takes_rows(self, x, weights, spec):
+        return False
+
+    def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, token_rows):
         kind = "energy" if len(router) == 2 else "mlp"
         return SimpleNamespace(x=x, counts=reference.route(x, router, thresholds, hist, mask, kind))
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mobiquant_compiler as mq
-from mobiquant_compiler import wiring
+from mobiquant_compiler import warming
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.errors import BadOption, NotElastic
@@ -184,7 +184,7 @@ class TestWarmup:
             return 1
 
         monkeypatch.setitem(mq.warmup.__globals__, "launches_of", moved)
-        monkeypatch.setattr(wiring, "warm_kernels", warm)
+        monkeypatch.setattr(warming, "warm_kernels", warm)
         monkeypatch.setattr(cache, "_LOADED", {})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         runtime.refusal.cache_clear()

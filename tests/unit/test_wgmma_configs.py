@@ -23,7 +23,7 @@ def test_both_tiles_fit_a_hopper(widths: tuple[int, ...], k: int, group: int) ->
         assert spec.k == SliceSpec(widths, group).padded(k)
         assert spec.block_n == 16 * spec.num_warps, "a warp has sixteen rows"
         specialise.specialise(spec)
-        boxes_of = [boxes.box_of(name, spec)[0] for name in ("x_desc", "x_half_desc", "x_quarter_desc")]
+        boxes_of = [boxes.box_of(name, spec).shape[0] for name in ("x_desc", "x_half_desc", "x_quarter_desc")]
         assert boxes_of == [spec.block_m, spec.block_m // 2, spec.block_m // 4]
 
 

@@ -164,6 +164,7 @@ def quantize_columns(
     high_ptr,
     low_ptr,
     affine_ptr,
+    sums_ptr,
     first_group,
     token,
     tokens,
@@ -171,6 +172,7 @@ def quantize_columns(
     K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Write BLOCK_W columns of one token in fixed point."""
@@ -189,14 +191,20 @@ def quantize_columns(
     if COLUMNS < K_PADDED:
         inside = offs_k < COLUMNS
     xi, step = fixed_point(x=tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION=ACTIVATION)
-    places = activations.activation_places(offs_g, token, blocks, GROUP)
+    if TOKEN_ROWS:
+        places = activations.row_places(offs_g, token, blocks, GROUP, 2 if ACTIVATION == "a16" else 1)
+    else:
+        places = activations.activation_places(offs_g, token, blocks, GROUP)
     high = xi
     if ACTIVATION == "a16":
         high = (xi + 128) >> 8
         tl.store(low_ptr + places, activations.words_of_bytes(xi, GROUP), mask=in_g[:, None, None, None])
     tl.store(high_ptr + places, activations.words_of_bytes(high, GROUP), mask=in_g[:, None, None, None])
     facts = affine_ptr + (offs_g.to(tl.int64) * blocks * 8 + token) * 2
-    both = tl.join(step, (-tl.sum(xi, axis=1)).to(tl.float32) * step)
+    total = tl.sum(xi, axis=1)
+    if TOKEN_ROWS:
+        tl.store(sums_ptr + offs_g.to(tl.int64) * blocks * 8 + token, total, mask=in_g)
+    both = tl.join(step, (-total).to(tl.float32) * step)
     tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
 
 
@@ -249,6 +257,7 @@ def route_quantize(
     high_ptr,
     low_ptr,
     affine_ptr,
+    sums_ptr,
     tokens,
     capacity,
     NUM_SLICES: tl.constexpr,
@@ -256,6 +265,7 @@ def route_quantize(
     K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
     ROUTE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -275,15 +285,15 @@ def route_quantize(
         COLUMNS + 2], hidden_bias [HIDDEN], out [E - 1, HIDDEN], out_bias [E - 1] float16; hist int64 [E]; mask int32
         [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes and
         affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers), in
-        the order of `activations.activation_places`, zero from COLUMNS on. Grid: (T, or with ROUTE alone T / BLOCK_M;
-        one with ROUTE and K_PADDED / BLOCK_W with QUANTIZE), rounded up.
+        the order of `activations.activation_places`, zero from COLUMNS on; with TOKEN_ROWS in that of `row_places`, and
+        sums int32 [K_PADDED / GROUP, T rounded up to 8]. Grid: (T, or with ROUTE alone T / BLOCK_M; one with ROUTE and
+        K_PADDED / BLOCK_W with QUANTIZE), rounded up.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
-    Source: design section 5 and 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
+    Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
-    token = tl.program_id(0)
-    part = tl.program_id(1)
+    token, part = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         begin(
             first=token + part == 0,
@@ -294,63 +304,61 @@ def route_quantize(
             NUM_WARPS=NUM_WARPS,
             PREFETCH=PREFETCH,
         )
-    if ROUTE and HIDDEN > 0:  # noqa: SIM102  (known when the kernel is made, unlike the next)
-        if (part == 0) & (token * BLOCK_M < tokens):
-            route_by_network(
-                x_ptr=x_ptr,
-                energy_ptr=energy_ptr,
-                gain_ptr=gain_ptr,
-                hidden_ptr=hidden_ptr,
-                hidden_bias_ptr=hidden_bias_ptr,
-                out_ptr=out_ptr,
-                out_bias_ptr=out_bias_ptr,
-                thresholds_ptr=thresholds_ptr,
-                hist_ptr=hist_ptr,
-                mask_ptr=mask_ptr,
-                counts_ptr=counts_ptr,
-                token=token * BLOCK_M,
-                tokens=tokens,
-                capacity=capacity,
-                NUM_SLICES=NUM_SLICES,
-                COLUMNS=COLUMNS,
-                HIDDEN=HIDDEN,
-                BLOCK_M=BLOCK_M,
-                BLOCK_R=BLOCK_R,
-                NUM_WARPS=NUM_WARPS,
-                EMULATE=EMULATE,
-            )
-    if ROUTE and HIDDEN == 0:  # noqa: SIM102
-        if part == 0:
-            route_token(
-                x_ptr=x_ptr,
-                energy_ptr=energy_ptr,
-                gain_ptr=gain_ptr,
-                thresholds_ptr=thresholds_ptr,
-                hist_ptr=hist_ptr,
-                mask_ptr=mask_ptr,
-                counts_ptr=counts_ptr,
-                token=token,
-                tokens=tokens,
-                capacity=capacity,
-                NUM_SLICES=NUM_SLICES,
-                COLUMNS=COLUMNS,
-                BLOCK_R=BLOCK_R,
-            )
-    if ROUTE:
-        part -= 1
-    if QUANTIZE:  # noqa: SIM102
-        if part >= 0:
-            quantize_columns(
-                x_ptr=x_ptr,
-                high_ptr=high_ptr,
-                low_ptr=low_ptr,
-                affine_ptr=affine_ptr,
-                first_group=part * (BLOCK_W // GROUP),
-                token=token,
-                tokens=tokens,
-                GROUP=GROUP,
-                K_PADDED=K_PADDED,
-                COLUMNS=COLUMNS,
-                ACTIVATION=ACTIVATION,
-                BLOCK_W=BLOCK_W,
-            )
+    if ROUTE and HIDDEN > 0 and (part == 0) & (token * BLOCK_M < tokens):
+        route_by_network(
+            x_ptr=x_ptr,
+            energy_ptr=energy_ptr,
+            gain_ptr=gain_ptr,
+            hidden_ptr=hidden_ptr,
+            hidden_bias_ptr=hidden_bias_ptr,
+            out_ptr=out_ptr,
+            out_bias_ptr=out_bias_ptr,
+            thresholds_ptr=thresholds_ptr,
+            hist_ptr=hist_ptr,
+            mask_ptr=mask_ptr,
+            counts_ptr=counts_ptr,
+            token=token * BLOCK_M,
+            tokens=tokens,
+            capacity=capacity,
+            NUM_SLICES=NUM_SLICES,
+            COLUMNS=COLUMNS,
+            HIDDEN=HIDDEN,
+            BLOCK_M=BLOCK_M,
+            BLOCK_R=BLOCK_R,
+            NUM_WARPS=NUM_WARPS,
+            EMULATE=EMULATE,
+        )
+    if ROUTE and HIDDEN == 0 and part == 0:
+        route_token(
+            x_ptr=x_ptr,
+            energy_ptr=energy_ptr,
+            gain_ptr=gain_ptr,
+            thresholds_ptr=thresholds_ptr,
+            hist_ptr=hist_ptr,
+            mask_ptr=mask_ptr,
+            counts_ptr=counts_ptr,
+            token=token,
+            tokens=tokens,
+            capacity=capacity,
+            NUM_SLICES=NUM_SLICES,
+            COLUMNS=COLUMNS,
+            BLOCK_R=BLOCK_R,
+        )
+    part -= 1 if ROUTE else 0
+    if QUANTIZE and part >= 0:
+        quantize_columns(
+            x_ptr=x_ptr,
+            high_ptr=high_ptr,
+            low_ptr=low_ptr,
+            affine_ptr=affine_ptr,
+            sums_ptr=sums_ptr,
+            first_group=part * (BLOCK_W // GROUP),
+            token=token,
+            tokens=tokens,
+            GROUP=GROUP,
+            K_PADDED=K_PADDED,
+            COLUMNS=COLUMNS,
+            ACTIVATION=ACTIVATION,
+            TOKEN_ROWS=TOKEN_ROWS,
+            BLOCK_W=BLOCK_W,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, wgmma_spec
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
@@ -40,6 +41,9 @@ KERNELS = {
     "gather_tokens": kernel(Family.GATHER_TOKENS, SliceSpec()),
     "fused": wgmma_spec(SliceSpec(), 4096, H100, small=False, row_unit=8),
     "fused_small_tiles_bias": wgmma_spec(SliceSpec((2, 2), 32), 4096, H100, small=True, has_bias=True),
+    "quantize_rows": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), route=False, token_rows=True),
+    "batch": batch_spec(SliceSpec(), 4096, H100, tile=BatchTile(32, 2)),
+    "batch_siblings_bias": batch_spec(SliceSpec((2, 2)), 4096, H100, tile=BatchTile(16, 1), parts=2, has_bias=True),
     "dequantize_planes_one_count": kernel(Family.DEQUANTIZE, PLANES, sorted_rows=False),
 }
 

@@ -1,0 +1,123 @@
+"""Which calls batch_wgmma serves, and its tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
+from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
+
+CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
+ROWS = 64  # output rows of a program: what a warpgroup multiplies
+# Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these the programs of
+# `sliced_mma`, of 16 or 32 rows, keep more of them busy. Up to one for each two warpgroups share a program's columns.
+_LEAST_PROGRAMS, _LEAST_SMALL_PROGRAMS, _MULTIPROCESSORS = 96, 200, 132
+_LEAST_TOKENS, _SMALL, _LARGE = 9, 16, 32  # of a call, and of programs
+_COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
+_HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTile:
+    """What a program multiplies besides `ROWS` rows.
+
+    Attributes:
+        tokens: Tokens of a program.
+        consumers: Warpgroups that share its columns.
+    """
+
+    tokens: int
+    consumers: int
+
+
+def takes_slices(weight: SliceSpec) -> bool:
+    """Say whether the kernel knows such slices; pure."""
+    two_bits = weight.layout is Layout.SLICE_MAJOR and set(weight.widths) == {2} and weight.num_slices <= 4
+    return two_bits and weight.group >= 64
+
+
+def blocks_of(rows: Iterable[int]) -> int:
+    """Return how many blocks of `ROWS` output rows weights of so many rows have."""
+    return sum(math.ceil(n / ROWS) for n in rows)
+
+
+def tile_of(tokens: int, blocks: int) -> BatchTile | None:
+    """Return the tile of a call, None where sliced_mma is faster; pure.
+
+    Args:
+        tokens: T.
+        blocks: Blocks of `ROWS` output rows that the weights have (`blocks_of`).
+    """
+    if tokens < _LEAST_TOKENS:
+        return None
+    if tokens <= _SMALL:
+        return BatchTile(_SMALL, 1) if blocks >= _LEAST_SMALL_PROGRAMS else None
+    programs = math.ceil(tokens / _LARGE) * blocks
+    if programs < _LEAST_PROGRAMS:
+        return None
+    return BatchTile(_LARGE, 2 if programs <= _MULTIPROCESSORS else 1)
+
+
+def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
+    """Return the tiles that calls of a class of token counts can take; pure.
+
+    Args:
+        tokens: The class.
+        n: Output rows of all weights together; how many each has may differ.
+        parts: Weights.
+    """
+    most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (_MULTIPROCESSORS + 1)}.get(tokens, 0)
+    counts = range(tokens.sample, most + 1, _SMALL)
+    least = math.ceil(n / ROWS)
+    found = {tile_of(count, blocks) for count in counts for blocks in range(least, least + parts)}
+    return tuple(sorted((tile for tile in found if tile is not None), key=lambda tile: (tile.tokens, tile.consumers)))
+
+
+def batch_spec(
+    weight: SliceSpec,
+    k: int,
+    target: Target,
+    *,
+    tile: BatchTile,
+    activation: Activation = Activation.A16,
+    has_bias: bool = False,
+    parts: int = 1,
+    row_unit: int = 1,
+) -> KernelSpec:
+    """Choose the kernel of batch_wgmma.
+
+    Args:
+        weight: Widths, group and layout.
+        k: Input columns.
+        target: What it must fit.
+        tile: Tokens and warpgroups of a program.
+        activation: Fixed-point width of activations.
+        has_bias: Whether a bias is added.
+        parts: Weights of the launch.
+        row_unit: 8 where the output rows of every weight are a multiple of it, else 1.
+
+    Raises:
+        BadKernelSpec: the widths, the layout or the group are not those it knows.
+        KernelDoesNotFit: the tile does not fit the target.
+    """
+    spec = KernelSpec(
+        family=Family.BATCH_WGMMA,
+        widths=weight.widths,
+        group=weight.group,
+        layout=weight.layout,
+        k=weight.padded(k),
+        activation=activation,
+        has_bias=has_bias,
+        parts=parts,
+        block_m=tile.tokens,
+        block_n=ROWS,
+        num_warps=ROWS // 16,
+        num_stages=_COLUMNS_IN_STAGES // (2 * weight.group),
+        consumers=tile.consumers,
+        row_unit=row_unit,
+        overlap=True,
+        max_registers=_HALF_OF_THE_REGISTERS if tile.consumers == 1 else 0,
+    )
+    return choose((spec,), target)

@@ -1,0 +1,112 @@
+"""Packed words to integer operands of Hopper's tensor cores, in registers: what `batches` multiplies by (Gluon).
+
+A lane of a quad feeds products of 32 columns of bytes with columns ``4 t .. 4 t + 3`` and ``16 + 4 t .. 16 + 4 t + 3``.
+In which order columns are summed is free, so a lane has a quarter of a group as it is packed, and activations lie as
+`activations.row_places` says: words ``4 j + t`` of a group's bytes are what lane t multiplies by its j-th four codes.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mobiquant_compiler.codegen import operands
+
+
+@gluon.constexpr_function
+def words_layout(group, warps):
+    """Return the layout of [16 warps, GROUP / 8] words of a pair of groups: a lane has a quarter of each group."""
+    each = group // 64  # words of a lane in a group
+    registers = ([[0, 1]] if each == 2 else []) + [[0, group // 16], [8, 0]]
+    lanes = [[0, each], [0, 2 * each], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, operands.row_bases(warps), [], [16 * warps, group // 8])
+
+
+@gluon.constexpr_function
+def columns_layout(tokens, each, warps):
+    """Return the layout of [1, tokens * each] numbers, 1 or 2 of a token, as lanes have columns of a product."""
+    registers = [[0, 1], [0, 2]] if each == 2 else [[0, 1]]
+    registers += [[0, 8 * each << bit] for bit in range((tokens // 8).bit_length() - 1)]
+    lanes = [[0, 2 * each], [0, 4 * each], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [1, tokens * each])
+
+
+@gluon.constexpr_function
+def sums_layout(tokens, warps):
+    """Return how sums [16 warps, tokens] lie in shared memory: a lane's four of a block side by side, lane by lane."""
+    offsets = [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], *operands.row_bases(warps)]
+    return gl.SharedLinearLayout(offsets + [[0, 8 << bit] for bit in range((tokens // 8).bit_length() - 1)])
+
+
+@gluon.jit
+def four_bytes(codes):
+    """Return the bytes of words as they lie in the register: int32 [R, 4] -> int8 [R, 4, 4]; no instruction."""
+    twice = gl.join(codes, codes)
+    wide = gl.reshape(gl.join(twice, twice), [codes.shape[0], 4, 4])
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [wide], dtype=gl.int8, is_pure=True, pack=4)
+
+
+@gluon.jit
+def operand(near, far, LAYOUT: gl.constexpr):
+    """Return operand A of 32 columns, int8 [R, 32], from two words of codes a lane; no value changes lanes."""
+    both = gl.join(four_bytes(near), four_bytes(far))  # [rows, t, byte, half]
+    columns = gl.reshape(gl.permute(both, (0, 3, 1, 2)), [near.shape[0], 32])
+    return gl.convert_layout(columns, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def of_groups(pairs):
+    """Split [R, 2 W] into what belongs to the first and to the second group, [R, W] each."""
+    return gl.split(gl.permute(gl.reshape(pairs, [pairs.shape[0], 2, pairs.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def read_words(words, slot, COUNT: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """Read a lane's words of a pair of groups: for each slice those of the first group, then of the second; [R, 4]."""
+    EACH: gl.constexpr = operands.word_layout(4, WARPS)
+    found = ()
+    for index in gl.static_range(COUNT):
+        groups = of_groups(words.index(slot * COUNT + index).load(words_layout(GROUP, WARPS)))
+        for which in gl.static_range(2):
+            if GROUP == 128:
+                even, odd = gl.split(gl.reshape(groups[which], [groups[which].shape[0], 4, 2]))
+                found = found + (gl.convert_layout(even, EACH, assert_trivial=True),)
+                found = found + (gl.convert_layout(odd, EACH, assert_trivial=True),)
+            else:
+                found = found + (gl.convert_layout(groups[which], EACH, assert_trivial=True),)
+    return found
+
+
+@gluon.jit
+def codes_of(words, WHICH: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr, GROUP: gl.constexpr):
+    """Return a lane's codes of one group of a pair, COUNT slices from FIRST on joined: GROUP / 16 words of four codes.
+
+    Products take signed bytes: codes of eight bits are returned less 128.
+    """
+    EACH: gl.constexpr = GROUP // 64
+    codes = ()
+    for place in gl.static_range(EACH):
+        column = ()
+        for index in gl.static_range(COUNT):
+            column = column + (words[(FIRST + index) * 2 * EACH + WHICH * EACH + place],)
+        codes = codes + operands.join_words(column, COUNT)
+    if operands.is_wide(COUNT):
+        signed = ()
+        for j in gl.static_range(len(codes)):
+            signed = signed + (codes[j] ^ -0x7F7F7F80,)
+        codes = signed
+    return codes
+
+
+@gluon.jit
+def facts_of(facts, slot, WHICH: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Read step and shift of every token for one group of a pair, float32 [1, TOKENS] each."""
+    both = facts.index(slot).slice(WHICH, 1, 0).load(columns_layout(TOKENS, 2, WARPS))
+    step, shift = gl.split(gl.reshape(both, [TOKENS, 2]))
+    step = gl.convert_layout(step, LAYOUT, assert_trivial=True)[None, :]
+    return step, gl.convert_layout(shift, LAYOUT, assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def totals_of(totals, slot, WHICH: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Read the sum of every token's integers in one group of a pair, int32 [1, TOKENS]."""
+    found = totals.index(slot).slice(WHICH, 1, 0).load(columns_layout(TOKENS, 1, WARPS))
+    return gl.convert_layout(gl.reshape(found, [TOKENS]), LAYOUT, assert_trivial=True)[None, :]

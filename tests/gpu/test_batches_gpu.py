@@ -1,0 +1,131 @@
+"""Blocks of tokens by products of warpgroups on the device: the bits of the kernels that every GPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mobiquant_compiler import kernels, wiring
+from mobiquant_compiler.codegen.batch_configs import ROWS, BatchTile
+from mobiquant_compiler.kernels import prepare_kernel, target_of
+from mobiquant_compiler.runtime import fused, launch
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.spec import Activation, SliceSpec
+from tests.kernel_cases import EVEN_K, UNEVEN_K, Case, integer_case, random_case, spec_id
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+WHERE = "cuda"
+FOUR, FINE, THREE, ONE = (SliceSpec((2,) * e, g) for e, g in ((4, 128), (4, 64), (3, 128), (1, 64)))
+ALL = (FOUR, FINE, THREE, ONE)
+TILES = (BatchTile(32, 1), BatchTile(32, 2), BatchTile(16, 1))
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
+TOKENS = (1, 7, 17, 32, 33, 64, 100)
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    """Skip where there is no such kernel."""
+    if torch.cuda.get_device_capability() != (9, 0) or kernels.gluon_refusal() is not None:
+        pytest.skip(f"no batch_wgmma here: {kernels.gluon_refusal() or 'not sm_90'}")
+
+
+def weight_of(case: Case) -> Weight:
+    """Return the weight of a case."""
+    return Weight(case.slices, case.scale, case.zero, case.bias)
+
+
+def by_rows(cases: Sequence[Case], tile: BatchTile, activation: Activation = Activation.A16) -> list[Tensor]:
+    """Multiply by batch_wgmma, whatever the number of programs."""
+    spec, x, counts = cases[0].spec, cases[0].x, cases[0].counts
+    k, target = x.shape[-1], target_of(x.device)
+    weights = [weight_of(case) for case in cases]
+    quantize = prepare_kernel(spec, k, target, activation, route=False, quantize=True, token_rows=True)
+    unit = min(fused.row_unit(weight.rows) for weight in weights)
+    facts = {"parts": len(cases), "has_bias": weights[0].bias is not None, "row_unit": unit}
+    kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, **facts)
+    return launch.multiply(kernel, launch.prepare(quantize, x, counts=counts), weights)
+
+
+def by_lanes(case: Case, activation: Activation = Activation.A16) -> Tensor:
+    """Multiply by sliced_mma."""
+    assert not wiring.takes_rows(case.x, [weight_of(case)], case.spec), "programs are few"
+    facts = (case.spec, activation)
+    return wiring.by_integers(case.x, case.counts, [weight_of(case)], *facts)[0]
+
+
+@each_tile
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("spec", ALL, ids=spec_id)
+def test_bits_are_those_of_lanes(spec: SliceSpec, activation: Activation, tile: BatchTile) -> None:
+    for k, n in ((EVEN_K, 150), (UNEVEN_K, 152)):
+        for tokens in TOKENS:
+            case = random_case(spec, tokens, n, k, dtype=torch.bfloat16, device=WHERE)
+            for count in (0, *range(1, spec.num_slices + 1)):
+                if count:
+                    case.counts.fill_(count)
+                (found,) = by_rows([case], tile, activation)
+                assert torch.equal(found, by_lanes(case, activation)), f"{tokens} tokens of {count} slices, {k} columns"
+
+
+@each_tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_integers_are_exact(dtype: torch.dtype, tile: BatchTile) -> None:
+    for k in (64, 128, 200, 640, EVEN_K):
+        case = integer_case(FINE, 40, 70, k, bias=True, dtype=dtype, device=WHERE)
+        found = by_rows([case], tile)[0]
+        assert torch.equal(found, case.expected(torch.float32).to(dtype)), f"{k} columns"
+
+
+@each_tile
+@pytest.mark.parametrize("rows", [(64, 8), (130, 16, 200), (64, 3, 200, 65)], ids=str)
+def test_siblings_in_one_launch(rows: tuple[int, ...], tile: BatchTile) -> None:
+    cases = [integer_case(FOUR, 33, n, EVEN_K, bias=True, seed=n, device=WHERE) for n in rows]
+    cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
+    for case, y in zip(cases, by_rows(cases, tile), strict=True):
+        assert torch.equal(y, case.expected(torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [9, 17, 64, 100])
+def test_ops_take_it_where_programs_are_many(tokens: int) -> None:
+    n = 220 * ROWS
+    case = random_case(FOUR, tokens, n, 256, dtype=torch.bfloat16, device=WHERE)
+    assert wiring.takes_rows(case.x, [weight_of(case)], case.spec)
+    whole = wiring.by_integers(case.x, case.counts, [weight_of(case)], case.spec, Activation.A16)[0]
+    rows = slice(n - 150, n)
+    slices = case.slices.view(4, n, -1)[:, rows].reshape(8, 150, -1).contiguous()
+    part = replace(case, slices=slices, scale=case.scale[rows], zero=case.zero[rows], bias=case.bias[rows])
+    assert torch.equal(whole[:, rows], by_lanes(part))
+    one = wiring.by_integers(case.x[3:4], case.counts[3:4], [weight_of(case)], case.spec, Activation.A16)[0]
+    assert torch.equal(whole[3], one[0]), "a token alone has the same bits"
+
+
+def test_a_token_that_is_not_finite_spoils_no_other() -> None:
+    case = random_case(FOUR, 40, 150, EVEN_K, dtype=torch.bfloat16, device=WHERE)
+    clean = by_rows([case], TILES[1])[0]
+    case.x[5, 3], case.x[39, 7] = float("nan"), float("inf")
+    found = by_rows([case], TILES[1])[0]
+    others = [token for token in range(40) if token not in (5, 39)]
+    assert torch.equal(found[others], clean[others])
+    assert not found[[5, 39]].isfinite().any()
+
+
+def test_many_launches_in_a_graph_follow_counts() -> None:
+    case = random_case(FOUR, 64, 600, 512, dtype=torch.bfloat16, device=WHERE)
+    by_rows([case], TILES[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [by_rows([case], tile)[0] for tile in TILES * 5]
+    for count in (1, 3, 4, 2):
+        case.counts.fill_(count)
+        case.counts[40] = 1
+        graph.replay()
+        wanted = by_lanes(case)
+        for y in found:
+            assert torch.equal(y, wanted)

@@ -1,0 +1,104 @@
+"""batch_wgmma, run as plain Python on CPU tensors: a copying thread, and one or two that multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
+from mobiquant_compiler.codegen.configs import Target
+from mobiquant_compiler.kernels import prepare_kernel
+from mobiquant_compiler.runtime import launch
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.spec import Activation, SliceSpec
+from tests import gluon_emulation
+from tests.kernel_cases import Case, integer_case, random_case
+
+H100 = Target.of(90)
+TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2))
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
+
+
+class Emulated:
+    """A kernel that is launched as plain Python."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Run all programs."""
+        gluon_emulation.run(self.spec, grid, arguments)
+
+
+def run(cases: Sequence[Case], tile: BatchTile, activation: Activation = Activation.A16) -> list[Tensor]:
+    """Multiply the tokens of the first case by the weights of all."""
+    spec, x = cases[0].spec, cases[0].x
+    weights = [Weight(*case.arguments[2:]) for case in cases]
+    facts = {"parts": len(cases), "has_bias": weights[0].bias is not None}
+    kernel = Emulated(batch_spec(spec, x.shape[-1], H100, tile=tile, activation=activation, **facts))
+    quantize = prepare_kernel(spec, x.shape[-1], Target.of(80), activation, route=False, quantize=True, token_rows=True)
+    return launch.multiply(kernel, launch.prepare(quantize, x, counts=cases[0].counts), weights)
+
+
+@each_tile
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("widths", [(2,), (2, 2, 2), (2, 2, 2, 2)])
+def test_integers_are_exact(widths: tuple[int, ...], group: int, tile: BatchTile) -> None:
+    """Rows and tokens that fill no tile, chains of unequal length, a last pair of one group."""
+    for k in (40, 576, 1200):
+        case = integer_case(SliceSpec(widths, group), 19, 70, k, bias=True)
+        assert torch.equal(run([case], tile)[0], case.expected(torch.float32)), f"{k} columns"
+
+
+@each_tile
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_tokens_of_one_count(count: int, tile: BatchTile) -> None:
+    case = integer_case(SliceSpec(group=64), 33, 64, 640, dtype=torch.bfloat16)
+    case.counts.fill_(count)
+    assert torch.equal(run([case], tile)[0], case.expected(torch.float32).bfloat16())
+
+
+def test_counts_outside_of_the_slices_are_the_nearest() -> None:
+    case = integer_case(SliceSpec(group=64), 17, 64, 256)
+    case.counts.copy_(torch.arange(17) - 5)
+    near = replace(case, counts=case.counts.clamp(1, 4))
+    assert torch.equal(run([case], TILES[1])[0], near.expected(torch.float32))
+
+
+@each_tile
+def test_siblings(tile: BatchTile) -> None:
+    cases = [integer_case(SliceSpec((2, 2)), 17, n, 300, bias=True, seed=n) for n in (64, 3, 130, 65)]
+    cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
+    for case, y in zip(cases, run(cases, tile), strict=True):
+        assert torch.equal(y, case.expected(torch.float32))
+
+
+@pytest.mark.parametrize(("activation", "tolerance"), [(Activation.A16, 1e-4), (Activation.A8, 2e-2)])
+def test_any_activations(activation: Activation, tolerance: float) -> None:
+    case = random_case(SliceSpec(group=64), 33, 70, 640)
+    found, wanted = run([case], TILES[2], activation)[0], case.expected()
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_a_token_has_the_same_bits_in_every_tile_and_among_any_others() -> None:
+    case = random_case(SliceSpec(group=64), 40, 64, 640)
+    whole = run([case], TILES[2])[0]
+    for tile in TILES[:2]:
+        assert torch.equal(run([case], tile)[0], whole)
+    alone = replace(case, x=case.x[7:8], counts=case.counts[7:8])
+    assert torch.equal(run([alone], TILES[0])[0][0], whole[7])
+
+
+def test_a_token_that_is_not_finite_spoils_no_other() -> None:
+    case = random_case(SliceSpec(group=64), 17, 64, 320)
+    clean = run([case], TILES[1])[0]
+    case.x[5, 3] = float("nan")
+    found = run([case], TILES[1])[0]
+    others = [token for token in range(17) if token != 5]
+    assert torch.equal(found[others], clean[others])
+    assert found[5].isnan().all()

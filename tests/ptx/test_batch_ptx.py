@@ -1,0 +1,72 @@
+"""batch_wgmma compiled without a GPU: products of bytes that overlap, in the registers that programs share."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from mobiquant_compiler.codegen import resources, toolchain
+from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
+from mobiquant_compiler.codegen.configs import Target, shared_bytes
+from mobiquant_compiler.codegen.resources import Resources
+from mobiquant_compiler.spec import Activation, KernelSpec, SliceSpec
+
+H100 = Target.of(90)
+TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2))
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
+
+
+@pytest.fixture(autouse=True)
+def gluon() -> None:
+    """Skip, with the reason, where Gluon is not what the kernel needs."""
+    reason = toolchain.gluon_refusal()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def spec_of(tile: BatchTile, activation: Activation = Activation.A16) -> KernelSpec:
+    """Return a kernel of two slices, which take three bodies: one slice, two, and unlike tokens."""
+    return batch_spec(SliceSpec((2, 2)), 4096, H100, tile=tile, activation=activation, row_unit=8)
+
+
+@cache
+def measured(spec: KernelSpec) -> Resources:
+    """Compile once for all tests."""
+    return resources.measure(spec, 90)
+
+
+@each_tile
+def test_what_it_takes(tile: BatchTile) -> None:
+    spec = spec_of(tile)
+    found = measured(spec)
+    assert found.fits
+    # A pair of groups is eight products of 32 columns, for high halves and low; unlike tokens multiply slice by slice.
+    assert found.products == tile.consumers * (16 + 16 + 2 * 16)
+    assert found.shared_bytes is not None
+    assert found.shared_bytes <= shared_bytes(spec)
+    assert found.local_bytes is not None
+    assert found.local_bytes <= 64, "what is kept outside of registers is read once a chain, if at all"
+    assert found.registers is not None
+    threads = 32 * (spec.num_warps * tile.consumers + 4)  # the copying warp is one of four
+    programs = 1 if tile.consumers == 2 else 2
+    assert found.registers * threads * programs <= 65536
+
+
+@each_tile
+def test_products_are_of_signed_bytes_and_copies_by_descriptors(tile: BatchTile) -> None:
+    ptx = measured(spec_of(tile)).ptx
+    shapes = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx))
+    assert shapes == {f"m64n{tile.tokens}k32.s32.s8.s8"}
+    assert "cp.async.bulk.tensor.3d" in ptx
+    assert "griddepcontrol.wait" in ptx
+
+
+def test_the_next_product_is_begun_before_the_last_is_waited_for() -> None:
+    ptx = measured(spec_of(TILES[1])).ptx
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"8", "0"}
+
+
+def test_bytes_alone_take_half_the_products() -> None:
+    assert measured(spec_of(TILES[1], Activation.A8)).products == 32

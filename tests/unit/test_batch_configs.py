@@ -1,0 +1,137 @@
+"""Which calls batch_wgmma serves, its tiles, and that they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mobiquant_compiler.codegen import boxes, specialise
+from mobiquant_compiler.codegen.batch_configs import (
+    BatchTile,
+    batch_spec,
+    blocks_of,
+    takes_slices,
+    tile_of,
+    tiles_of,
+)
+from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, shared_bytes
+from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
+from mobiquant_compiler.launches import Launch, kernels_of
+from mobiquant_compiler.spec import Activation, Family, Layout, SliceSpec
+
+H100 = Target.of(90)
+SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "tile"),
+    [
+        (1, 28672, None),
+        (8, 28672, None),
+        (9, 14336, SMALL),
+        (16, 14336, SMALL),
+        (16, 8192, None),
+        (17, 4096, None),
+        (32, 8192, SHARED),
+        (32, 14336, LARGE),
+        (33, 4096, SHARED),
+        (64, 4096, SHARED),
+        (64, 2048, None),
+        (64, 8192, LARGE),
+        (1000, 64, None),
+        (1000, 4096, LARGE),
+    ],
+)
+def test_who_serves_a_call(tokens: int, n: int, tile: BatchTile | None) -> None:
+    assert tile_of(tokens, blocks_of([n])) == tile
+
+
+def test_rows_of_several_weights_fill_blocks_of_their_own() -> None:
+    assert blocks_of([64, 1, 65]) == 4
+
+
+@pytest.mark.parametrize("rows", [(4096,), (4096, 1024, 1024), (14336, 14336), (100,), (6144,)], ids=str)
+def test_tiles_are_those_that_calls_take(rows: tuple[int, ...]) -> None:
+    """What is warmed up is what can be launched: all of it, and for one weight nothing else."""
+    for tokens, counts in (
+        (TokenClass.FEW, range(2, 9)),
+        (TokenClass.SOME, range(9, 17)),
+        (TokenClass.MANY, range(17, 5000)),
+    ):
+        taken = {tile_of(count, blocks_of(rows)) for count in counts} - {None}
+        found = set(tiles_of(tokens, sum(rows), len(rows)))
+        assert taken <= found
+        assert len(rows) > 1 or taken == found
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)])
+def test_tiles_fit_a_hopper(widths: tuple[int, ...], group: int, activation: Activation) -> None:
+    for tile in (SMALL, LARGE, SHARED):
+        spec = batch_spec(SliceSpec(widths, group), 576, H100, tile=tile, activation=activation)
+        assert fits(spec, H100)
+        assert spec.consumers * shared_bytes(spec) <= 2 * H100.shared_bytes
+        if tile.consumers == 1:
+            assert 2 * shared_bytes(spec) <= H100.shared_bytes, "two programs share a multiprocessor"
+        specialise.specialise(spec)
+        assert boxes.box_of("acts_desc", spec).shape[1:] == (tile.tokens, 128)
+        assert boxes.box_of("slices_desc", spec).swizzle == 4 * boxes.box_of("slices_desc", spec).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (SliceSpec((4, 2), 64), "one to four slices of two bits"),
+        (SliceSpec((2, 2), 64, Layout.BIT_MAJOR), "slices are packed whole"),
+        (SliceSpec((2, 2), 32), "a group has 64 or 128 columns"),
+    ],
+    ids=str,
+)
+def test_slices_that_the_kernel_does_not_know_are_refused(weight: SliceSpec, words: str) -> None:
+    assert not takes_slices(weight)
+    with pytest.raises(BadKernelSpec, match=f"kernel batch_wgmma: .*{words}"):
+        specialise.specialise(batch_spec(weight, 4096, H100, tile=LARGE))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_m": 8}, "a program has 16, 32 or 64 tokens"),
+        ({"block_n": 128}, "a consumer is a warpgroup"),
+        ({"consumers": 4}, "one warpgroup multiplies, or two"),
+        ({"num_stages": 2}, "one is read while others are written"),
+    ],
+    ids=str,
+)
+def test_tiles_that_the_kernel_does_not_know_are_refused(change: dict[str, int], words: str) -> None:
+    with pytest.raises(BadKernelSpec, match=words):
+        specialise.specialise(replace(batch_spec(SliceSpec(), 4096, H100, tile=LARGE), **change))
+
+
+def test_older_multiprocessors_have_no_room_for_it() -> None:
+    with pytest.raises(KernelDoesNotFit, match="batch_wgmma"):
+        batch_spec(SliceSpec(), 4096, Target.of(89), tile=SHARED)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cc", "parts", "n", "batches"),
+    [
+        (SliceSpec(), 90, 1, 4096, 2),
+        (SliceSpec(), 90, 1, 14336, 2),  # of 16 tokens and of 32, but never fewer programs than multiprocessors
+        (SliceSpec(), 90, 3, 6144, 4),  # rows may be a multiple of eight, or not
+        (SliceSpec(), 100, 1, 4096, 0),
+        (SliceSpec((4, 2)), 90, 1, 4096, 0),
+        (SliceSpec(group=32), 90, 1, 4096, 0),
+    ],
+    ids=str,
+)
+def test_launches_list_their_kernels(spec: SliceSpec, cc: int, parts: int, n: int, batches: int) -> None:
+    launch = Launch(spec, n, 4096, torch.device("cuda"), torch.float32, parts=parts)
+    found = kernels_of(launch, Target.of(cc), list(TokenClass), workspace=False)
+    assert sum(kernel.family is Family.BATCH_WGMMA for kernel in found) == batches
+    assert sum(kernel.token_rows for kernel in found) == (2 if batches else 0)
+    one = kernels_of(launch, Target.of(cc), [TokenClass.ONE], workspace=False)
+    assert not any(kernel.token_rows or kernel.family is Family.BATCH_WGMMA for kernel in one)
