@@ -130,7 +130,7 @@ def batch_kernel(
 def _has_batch_kernel(spec: SliceSpec, target: Target) -> bool:
     from mobiquant_compiler.codegen import batch_configs
 
-    return target.cc == batch_configs.CC and batch_configs.takes_slices(spec) and gluon_refusal() is None
+    return batch_configs.serves(spec, target) and gluon_refusal() is None
 
 
 def batch_tiles(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:

@@ -177,7 +177,7 @@ def _batch_kernels(
 
     spec, k = launch.spec, launch.k
     tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, launch.parts)]
-    if target.cc != FUSED_CC or not batch_configs.takes_slices(spec) or not tiles:
+    if not tiles or not batch_configs.serves(spec, target):
         return
     for long in (False, True) if workspace else (False,):
         for route in (True, False):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
+from mobiquant_compiler.config import RuntimeConfig
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
@@ -36,6 +37,11 @@ def takes_slices(weight: SliceSpec) -> bool:
     """Say whether the kernel knows such slices; pure."""
     two_bits = weight.layout is Layout.SLICE_MAJOR and set(weight.widths) == {2} and weight.num_slices <= 4
     return two_bits and weight.group >= 64
+
+
+def serves(weight: SliceSpec, target: Target) -> bool:
+    """Say whether a target's calls may be served by the kernel; the environment must allow it (`RuntimeConfig`)."""
+    return target.cc == CC and takes_slices(weight) and RuntimeConfig.from_env().experimental
 
 
 def blocks_of(rows: Iterable[int]) -> int:

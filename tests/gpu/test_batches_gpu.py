@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,10 +30,17 @@ TOKENS = (1, 7, 17, 32, 33, 64, 100)
 
 
 @pytest.fixture(autouse=True)
-def hopper() -> None:
-    """Skip where there is no such kernel."""
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Skip where there is no such kernel; elsewhere let it be chosen."""
     if torch.cuda.get_device_capability() != (9, 0) or kernels.gluon_refusal() is not None:
         pytest.skip(f"no batch_wgmma here: {kernels.gluon_refusal() or 'not sm_90'}")
+    monkeypatch.setenv("MOBIQUANT_EXPERIMENTAL", "1")
+    choices = (kernels._has_batch_kernel, kernels.batch_tile)
+    for choice in choices:
+        choice.cache_clear()
+    yield
+    for choice in choices:
+        choice.cache_clear()
 
 
 def weight_of(case: Case) -> Weight:
@@ -129,3 +136,22 @@ def test_many_launches_in_a_graph_follow_counts() -> None:
         wanted = by_lanes(case)
         for y in found:
             assert torch.equal(y, wanted)
+
+
+@each_tile
+def test_long_rows_many_times(tile: BatchTile) -> None:
+    """Weights that come slowly: a stage that is read before it is there, or after, shows in some run."""
+    n, k = 8192, 28672
+    case = random_case(FOUR, 64, 256, k, dtype=torch.bfloat16, device=WHERE)
+    repeat = n // 256
+    slices = case.slices.view(4, 256, -1).repeat(1, repeat, 1).view(8, n, -1)
+    scale, zero = case.scale.repeat(repeat, 1), case.zero.repeat(repeat, 1)
+    whole = replace(case, slices=slices, scale=scale, zero=zero, bias=None)
+    for count in (0, 2, 3, 4):
+        if count:
+            case.counts.fill_(count)
+        wanted = by_lanes(replace(case, bias=None)).repeat(1, repeat)
+        for run in range(20):
+            wrong = (by_rows([whole], tile)[0] != wanted).nonzero()
+            tokens, rows = (sorted({int(i) for i in column}) for column in wrong.t())
+            assert not len(wrong), f"{count or 'mixed'} slices, run {run}: {len(wrong)} of rows {rows} tokens {tokens}"
