@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import bench_migration
+import bench_migration_methods
 import pytest
+import torch
 
 from tests.model_dirs import save_plain
 
@@ -64,3 +66,31 @@ def test_measures_and_draws(
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
     assert "measure first: benchmarks/bench_migration.py" in capsys.readouterr().out
+
+
+def test_methods_are_measured_against_the_unquantized_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Some plain words, and more of them. " * 40
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(text + "\n")
+    (tmp_path / "wikitext2" / "wiki.train.head.txt").write_text(text.upper())
+    given = ["--model", save_plain(tmp_path / "model"), "--data", tmp_path, "--texts", "wikitext2", "--windows", 1]
+    given += ["--calibration-windows", 1, "--device", "cpu", "--out", tmp_path / "r.json"]
+    monkeypatch.setattr(sys, "argv", ["bench_migration_methods.py", *map(str, given)])
+    bench_migration_methods.main()
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    methods = ["gptq", "rtn", "one count a linear", "routing"]
+    wanted = [(*pair, method) for pair in bench_migration_methods.PAIRS for method in methods]
+    assert [(row["low_bits"], row["high_bits"], row["method"]) for row in result["rows"]] == wanted
+    for row in result["rows"]:
+        assert row["low_mean_error"] > row["high_mean_error"] > 0, "more bits, less error"
+        assert 0 <= row["overlap"] <= 1
+
+
+def test_rows_compare_sets_and_one_scale() -> None:
+    """Ten tokens: by the first method the worst stays, by the second another one is the worst, below the first's."""
+    stays, moves = torch.arange(10.0), torch.arange(10.0) / 100
+    errors = {("t", "a", bits): stays for bits in (2, 3, 4)}
+    errors |= {("t", "b", bits): moves.roll(bits) for bits in (2, 3, 4)}
+    rows = bench_migration_methods.rows_of(errors, ["t"], ["a", "b"], "a")
+    found = [(row["method"], row["overlap"], row["migrated_share"] > 0, row["migrated_tokens"]) for row in rows[:2]]
+    assert found == [("a", 1.0, False, 0.0), ("b", 0.0, True, 0.0)]
