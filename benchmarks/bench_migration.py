@@ -31,9 +31,9 @@ CALIBRATION = CALIBRATIONS["wikitext2"]
 PAIRS = ((3.0, 4.0), (4.0, 5.0), (4.0, 6.0))
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """Return the parser of what benchmarks of outlier migration have in common."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
@@ -43,7 +43,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Return the model, its tokenizer, and windows of each text."""
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
+    windows = {
+        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
+        for text in args.texts
+    }
+    return model.to(args.device).eval(), tokenizer, windows
 
 
 def token_errors(found: Migration) -> list[dict[str, Any]]:
@@ -93,13 +103,8 @@ def make_elastic(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[s
 
 def main() -> None:
     """Measure and write."""
-    args = arguments()
-    model, tokenizer = load_model(args.model, dtype=torch.float32)
-    model.to(args.device).eval()
-    windows = {
-        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
-        for text in args.texts
-    }
+    args = parser_of(__doc__).parse_args()
+    model, tokenizer, windows = load(args)
     made = make_elastic(args, model, tokenizer)
     rows, tokens = measure(model, windows, args.model)
     name = "outlier_migration.json" if args.state is None else "outlier_migration_calibrated.json"

@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from bench_migration import CALIBRATION, make_elastic
-from bench_quality import TEXTS
+from bench_migration import CALIBRATION, load, make_elastic, parser_of
 from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler.analysis.migration import SHARE, fixed_counts, least_of_worst, overlap, rank_correlation, worst
 from mobiquant_compiler.analysis.watch import Call, watch_linears
 from mobiquant_compiler.baselines.compare import METHODS, static_weights
-from mobiquant_compiler.evaluation import CALIBRATION_WINDOWS, load_text, logits_of, make_windows, spread_windows
-from mobiquant_compiler.models import load_model
+from mobiquant_compiler.evaluation import CALIBRATION_WINDOWS, load_text, logits_of, spread_windows
 
 PAIRS = ((2, 3), (3, 4))
 ROUTED, FIXED = "routing", "one count a linear"
@@ -36,17 +33,8 @@ Errors = dict[tuple[str, str, int], Tensor]  # by text, method and width, float6
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", default=["gptq", "rtn"], choices=METHODS)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--calibration-windows", type=int, help=f"8, or {CALIBRATION_WINDOWS} with --state")
-    parser.add_argument("--state", type=Path, help="calibrate, and keep finished steps here")
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -133,12 +121,7 @@ def rows_of(errors: Errors, texts: list[str], methods: list[str], scale: str) ->
 def main() -> None:
     """Measure and write."""
     args = arguments()
-    model, tokenizer = load_model(args.model, dtype=torch.float32)
-    model.to(args.device).eval()
-    windows = {
-        text: make_windows(tokenizer, load_text(args.data / TEXTS[text]), args.windows, where=text)
-        for text in args.texts
-    }
+    model, tokenizer, windows = load(args)
     expected = {text: [log_shares(model, ids).cpu() for ids in found] for text, found in windows.items()}
 
     def measure() -> dict[str, Tensor]:

@@ -176,8 +176,10 @@ def _batch_kernels(
     from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
 
     spec, k = launch.spec, launch.k
+    if not batch_configs.serves(spec, target):
+        return
     tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, launch.parts)]
-    if not tiles or not batch_configs.serves(spec, target):
+    if not tiles:
         return
     for long in (False, True) if workspace else (False,):
         for route in (True, False):

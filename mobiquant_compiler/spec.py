@@ -14,6 +14,7 @@ from mobiquant_compiler.errors import BadKernelSpec, BadOption, BadSliceSpec
 GROUPS = (128, 64, 32)
 WORD_CODES = 32  # one plane word holds one bit of 32 consecutive columns
 PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
+BATCH_TOKENS = 9  # calls of fewer are never multiplied by batch_wgmma
 MAX_SIBLINGS = 4  # linears of one launch
 
 
@@ -108,6 +109,11 @@ class SliceSpec:
     def total_bits(self) -> int:
         """Bits of a weight with every slice."""
         return sum(self.widths)
+
+    @property
+    def in_bit_pairs(self) -> bool:
+        """Whether there are up to four slices of two bits, packed whole: what kernels of warpgroups know."""
+        return self.layout is Layout.SLICE_MAJOR and set(self.widths) == {2} and self.num_slices <= 4
 
     @property
     def unit(self) -> int:

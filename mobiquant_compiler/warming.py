@@ -81,36 +81,37 @@ def _warm_call(
     launch.prepare(quantize, x, counts=counts)
     kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
     launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
-    launched = 4 + _warm_batches(weights, x, router, spec, n, activation)
+    routing = (router, limits, hist, mask)
+    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation)
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
     ways += [Prefill.ROUTED] if workspace.supports(x, n, x.shape[-1]) is None else []
     for prefill in ways:
         wiring.by_workspace(x, counts, weights, spec, prefill)
-    return (
-        launched
-        + len(ways)
-        + (_warm_fused(weights, x, counts, spec, n) if wiring.fused_refusal(x, spec) is None else 0)
-    )
+    launched += len(ways)
+    return launched + (_warm_fused(weights, x, counts, spec, n) if wiring.fused_refusal(x, spec) is None else 0)
 
 
 def _warm_batches(
-    weights: Sequence[Weight], x: Tensor, router: Sequence[Tensor], spec: SliceSpec, n: int, activation: Activation
+    weights: Sequence[Weight],
+    x: Tensor,
+    counts: Tensor,
+    routing: tuple[Sequence[Tensor], Tensor, Tensor, Tensor],
+    spec: SliceSpec,
+    n: int,
+    activation: Activation,
 ) -> int:
-    """Run the kernels of tokens as rows; returns how many."""
+    """Run the kernels of tokens as rows; routing is router, thresholds, histogram and mask. Returns how many."""
     from mobiquant_compiler.codegen.configs import TokenClass
 
     k, target = x.shape[-1], target_of(x.device)
     tiles = kernels.batch_tiles(spec, target, TokenClass.of(x.shape[0]), n, len(weights))
     if not tiles:
         return 0
-    hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
-    mask = torch.zeros(1, dtype=torch.int32, device=x.device)
-    counts = torch.ones(x.shape[0], dtype=torch.int32, device=x.device)
     quantize = prepare_kernel(spec, k, target, activation, route=False, quantize=True, token_rows=True)
     launch.prepare(quantize, x, counts=counts)
-    prepared = prepare(x, router, router[1], hist, mask, spec, activation, token_rows=True)
+    prepared = prepare(x, *routing, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
     units = fused.row_units(n, len(weights))
     for unit in units:

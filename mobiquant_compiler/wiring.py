@@ -28,7 +28,7 @@ from mobiquant_compiler.routing import prepare, route, routes
 from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
-from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
+from mobiquant_compiler.spec import BATCH_TOKENS, PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
 
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.cache import Kernel
@@ -55,8 +55,11 @@ def multiply(
 
 def takes_rows(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> bool:
     """Say whether tokens [..., K] are quantized as rows, for batch_wgmma: by shapes, dtypes and device alone."""
+    tokens = launch.token_count(x)
+    if tokens < BATCH_TOKENS:
+        return False
     rows = tuple(weight.rows for weight in weights)
-    tile = kernels.batch_tile(spec, target_of(x.device), launch.token_count(x), rows)
+    tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows)
     return tile is not None and _share_launch(weights)
 
 

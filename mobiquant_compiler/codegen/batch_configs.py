@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
 from mobiquant_compiler.config import RuntimeConfig
-from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
+from mobiquant_compiler.spec import BATCH_TOKENS, Activation, Family, KernelSpec, SliceSpec
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies
 # Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these the programs of
 # `sliced_mma`, of 16 or 32 rows, keep more of them busy. Up to one for each two warpgroups share a program's columns.
 _LEAST_PROGRAMS, _LEAST_SMALL_PROGRAMS, _MULTIPROCESSORS = 96, 200, 132
-_LEAST_TOKENS, _SMALL, _LARGE = 9, 16, 32  # of a call, and of programs
+_SMALL, _LARGE = 16, 32  # tokens of programs
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
 
@@ -35,8 +35,7 @@ class BatchTile:
 
 def takes_slices(weight: SliceSpec) -> bool:
     """Say whether the kernel knows such slices; pure."""
-    two_bits = weight.layout is Layout.SLICE_MAJOR and set(weight.widths) == {2} and weight.num_slices <= 4
-    return two_bits and weight.group >= 64
+    return weight.in_bit_pairs and weight.group >= 64
 
 
 def serves(weight: SliceSpec, target: Target) -> bool:
@@ -56,7 +55,7 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
         tokens: T.
         blocks: Blocks of `ROWS` output rows that the weights have (`blocks_of`).
     """
-    if tokens < _LEAST_TOKENS:
+    if tokens < BATCH_TOKENS:
         return None
     if tokens <= _SMALL:
         return BatchTile(_SMALL, 1) if blocks >= _LEAST_SMALL_PROGRAMS else None

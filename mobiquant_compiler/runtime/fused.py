@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, aligned, capability, ceil_div
-from mobiquant_compiler.spec import Family, Layout, SliceSpec
+from mobiquant_compiler.spec import Family, SliceSpec
 
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
@@ -67,7 +67,7 @@ def supports(x: Tensor, spec: SliceSpec) -> str | None:
 @lru_cache(maxsize=64)
 def takes_slices(spec: SliceSpec) -> bool:
     """Say whether the kernel knows such slices."""
-    return spec.layout is Layout.SLICE_MAJOR and set(spec.widths) == {2} and spec.num_slices <= 4
+    return spec.in_bit_pairs
 
 
 def row_units(n: int, parts: int) -> tuple[int, ...]:
