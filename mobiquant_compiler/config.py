@@ -195,29 +195,18 @@ class RuntimeConfig:
     Attributes:
         cache_dir: Where emitted kernels are kept (MOBIQUANT_CACHE).
         log: Level of the package's logger (MOBIQUANT_LOG), None to leave logging alone.
-        experimental: Whether kernels that are not trusted yet are chosen where they are faster (MOBIQUANT_EXPERIMENTAL,
-            1 or 0): batch_wgmma.
     """
 
     cache_dir: Path
     log: str | None = None
-    experimental: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> RuntimeConfig:
-        """Read MOBIQUANT_CACHE, MOBIQUANT_LOG and MOBIQUANT_EXPERIMENTAL.
-
-        Raises:
-            BadOption: MOBIQUANT_EXPERIMENTAL is neither 0 nor 1.
-        """
+        """Read MOBIQUANT_CACHE and MOBIQUANT_LOG."""
         environ = os.environ if environ is None else environ
         base = environ.get(ENV_PREFIX + "CACHE")
         default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobiquant"
-        experimental = environ.get(ENV_PREFIX + "EXPERIMENTAL") or "0"
-        if experimental not in ("0", "1"):
-            name = ENV_PREFIX + "EXPERIMENTAL"
-            raise BadOption(where="the environment", name=name, got=experimental, wanted="0 or 1")
-        return cls(Path(base) if base else default, environ.get(ENV_PREFIX + "LOG"), experimental == "1")
+        return cls(Path(base) if base else default, environ.get(ENV_PREFIX + "LOG"))
 
 
 def is_number(value: object) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mobiquant_compiler.codegen import boxes, specialise
 from mobiquant_compiler.spec import KernelSpec
-from tests.gluon_values import AnyLayout, Memory, Pointer, Value, raw, run_ptx
+from tests.gluon_values import AnyLayout, Memory, Pointer, Value, fence, raw, reads, run_ptx
 
 POISON = 0x5A
 HELPERS = ("operands", "batch_operands", "batch_copies", "batches")
@@ -88,7 +88,8 @@ class Barrier:
                 self.changed.notify_all()
 
     def arrive(self) -> None:
-        """End a phase that one arrival ends."""
+        """End a phase that one arrival ends: what was read may be copied over."""
+        assert not getattr(reads, "unfenced", False), "a copy may be faster than reads that are under way"
         with self.changed:
             self.phase = 1 - self.phase
             self.changed.notify_all()
@@ -294,7 +295,7 @@ def _executed(text: str, names: dict[str, Any]) -> dict[str, Any]:
     scope = dict(names)
     for module, name in re.findall(r"(?m)^from mobiquant_compiler\.codegen\.(\w+) import (\w+)$", text):
         scope[name] = getattr(names[module], name)
-    exec(re.sub(r"(?m)^from .*$", "", text).replace(".primitive_bitwidth", ".itemsize * 8"), scope)
+    exec(re.sub(r"(?m)^from [^\n(]*(?:\([^)]*\))?$", "", text).replace(".primitive_bitwidth", ".itemsize * 8"), scope)
     return scope
 
 
@@ -317,6 +318,7 @@ def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> N
             "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0] if len(deps) == 1 else deps,
             "tma": SimpleNamespace(async_copy_global_to_shared=copy_box),
             "mbarrier": barriers(),
+            "fence_async_shared": fence,
             "gdc_wait": lambda: None,
             "gdc_launch_dependents": lambda: None,
         }

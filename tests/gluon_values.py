@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,14 @@ class AnyLayout:
     get_default_for = __call__
 
 
+reads = threading.local()  # of a thread: whether it has read shared memory since it fenced
+
+
+def fence() -> None:
+    """Let copies that are asked for from now on come after this thread's reads."""
+    reads.unfenced = False
+
+
 class Memory:
     """A piece of shared memory."""
 
@@ -138,7 +147,8 @@ class Memory:
         return Memory(self.data.permute(order))
 
     def load(self, layout: Any) -> Value:
-        """Read all of it."""
+        """Read all of it; a copy that is asked for later may still be faster, until there is a fence."""
+        reads.unfenced = True
         return Value(self.data.clone())
 
     def _keep_alive(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
-from mobiquant_compiler.config import RuntimeConfig
 from mobiquant_compiler.spec import BATCH_TOKENS, Activation, Family, KernelSpec, SliceSpec
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
@@ -39,8 +38,8 @@ def takes_slices(weight: SliceSpec) -> bool:
 
 
 def serves(weight: SliceSpec, target: Target) -> bool:
-    """Say whether a target's calls may be served by the kernel; the environment must allow it (`RuntimeConfig`)."""
-    return target.cc == CC and takes_slices(weight) and RuntimeConfig.from_env().experimental
+    """Say whether a target's calls may be served by the kernel; pure."""
+    return target.cc == CC and takes_slices(weight)
 
 
 def blocks_of(rows: Iterable[int]) -> int:

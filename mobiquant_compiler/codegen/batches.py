@@ -8,7 +8,12 @@ Names are those of `batch_copies`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from mobiquant_compiler.codegen import batch_copies, batch_operands, operands
 from mobiquant_compiler.codegen.batch_copies import produce
@@ -212,6 +217,9 @@ def consume(
             scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
             mbarrier.wait(ready.index(slot), (it // NUM_STAGES) & 1)
             sums = multiply_pair(sums, stages, slot, these, counts, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
+            # Loads of facts may still be under way, behind scales that come slowly, and a copy that a barrier lets in
+            # does not wait for them: without the fence some warps read the facts of the pair that is copied next.
+            fence_async_shared()
             mbarrier.arrive(empty.index(slot), count=1)
             it += 1
         if chain % 2 == 1:

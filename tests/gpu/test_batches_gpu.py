@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,17 +30,10 @@ TOKENS = (1, 7, 17, 32, 33, 64, 100)
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Skip where there is no such kernel; elsewhere let it be chosen."""
+def hopper() -> None:
+    """Skip where there is no such kernel."""
     if torch.cuda.get_device_capability() != (9, 0) or kernels.gluon_refusal() is not None:
         pytest.skip(f"no batch_wgmma here: {kernels.gluon_refusal() or 'not sm_90'}")
-    monkeypatch.setenv("MOBIQUANT_EXPERIMENTAL", "1")
-    choices = (kernels._has_batch_kernel, kernels.batch_tile)
-    for choice in choices:
-        choice.cache_clear()
-    yield
-    for choice in choices:
-        choice.cache_clear()
 
 
 def weight_of(case: Case) -> Weight:

@@ -68,5 +68,16 @@ def test_the_next_product_is_begun_before_the_last_is_waited_for() -> None:
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"8", "0"}
 
 
+@each_tile
+def test_a_stage_is_given_back_when_all_have_read_it(tile: BatchTile) -> None:
+    """Copies are of another proxy: they wait for a warp's loads only where it fences, before the others hear of it."""
+    ptx = measured(spec_of(tile)).ptx
+    order = re.findall(r"ld\.shared|fence\.proxy\.async|bar\.sync|mbarrier\.(?:arrive\.shared|try_wait)", ptx)
+    given_back = [at for at, name in enumerate(order) if name == "mbarrier.arrive.shared"]
+    assert len(given_back) == 3 * tile.consumers, "one for each body of a consumer"
+    for at in given_back:
+        assert order[at - 2 : at] == ["fence.proxy.async", "bar.sync"]
+
+
 def test_bytes_alone_take_half_the_products() -> None:
     assert measured(spec_of(TILES[1], Activation.A8)).products == 32

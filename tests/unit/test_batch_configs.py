@@ -12,7 +12,6 @@ from mobiquant_compiler.codegen.batch_configs import (
     BatchTile,
     batch_spec,
     blocks_of,
-    serves,
     takes_slices,
     tile_of,
     tiles_of,
@@ -129,21 +128,10 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
     ],
     ids=str,
 )
-def test_launches_list_their_kernels(
-    spec: SliceSpec, cc: int, parts: int, n: int, batches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOBIQUANT_EXPERIMENTAL", "1")
+def test_launches_list_their_kernels(spec: SliceSpec, cc: int, parts: int, n: int, batches: int) -> None:
     launch = Launch(spec, n, 4096, torch.device("cuda"), torch.float32, parts=parts)
     found = kernels_of(launch, Target.of(cc), list(TokenClass), workspace=False)
     assert sum(kernel.family is Family.BATCH_WGMMA for kernel in found) == batches
     assert sum(kernel.token_rows for kernel in found) == (2 if batches else 0)
     one = kernels_of(launch, Target.of(cc), [TokenClass.ONE], workspace=False)
     assert not any(kernel.token_rows or kernel.family is Family.BATCH_WGMMA for kernel in one)
-
-
-def test_nobody_gets_it_who_did_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOBIQUANT_EXPERIMENTAL", raising=False)
-    launch = Launch(SliceSpec(), 4096, 4096, torch.device("cuda"), torch.float32)
-    found = kernels_of(launch, H100, list(TokenClass), workspace=True)
-    assert not any(kernel.token_rows or kernel.family is Family.BATCH_WGMMA for kernel in found)
-    assert not serves(SliceSpec(), H100)

@@ -150,11 +150,6 @@ def test_settings_of_the_process(tmp_path):
     assert RuntimeConfig.from_env({"XDG_CACHE_HOME": str(tmp_path)}).cache_dir == tmp_path / "mobiquant"
     assert RuntimeConfig.from_env({"MOBIQUANT_LOG": "debug"}).log == "debug"
     assert RuntimeConfig.from_env({}).cache_dir.name == "mobiquant"
-    asked = [RuntimeConfig.from_env({"MOBIQUANT_EXPERIMENTAL": text}).experimental for text in ("", "0", "1")]
-    assert asked == [False, False, True]
-    assert not RuntimeConfig.from_env({}).experimental
-    with pytest.raises(BadOption, match="'MOBIQUANT_EXPERIMENTAL' got 'yes'; wanted 0 or 1"):
-        RuntimeConfig.from_env({"MOBIQUANT_EXPERIMENTAL": "yes"})
 
 
 def test_spec_sizes():

@@ -167,7 +167,7 @@ class TestModel:
         checkpoint.save(model, tmp_path / "c", tokenizer=byte_tokenizer())
         assert run(tmp_path / "c", tmp_path / "out")[0] == 0
         of_half_precision = {Family.GATHER_TOKENS, Family.SLICED_WGMMA}
-        assert {spec.family for spec, *_ in uncompiled} == set(Family) - of_half_precision - {Family.BATCH_WGMMA}
+        assert {spec.family for spec, *_ in uncompiled} == set(Family) - of_half_precision
         products = [spec for spec, *_ in uncompiled if spec.family is Family.SLICED_MMA]
         assert {spec.parts for spec in products} == {1, 2, 3}
         assert {spec.block_m for spec in products} == {1, 8, 16, 32}
