@@ -61,6 +61,7 @@ bench: $(MODEL)  ## measure, write benchmarks/results, redraw the README; DATA=d
 	$(PY) benchmarks/bench_speed.py
 	$(if $(DATA),$(PY) benchmarks/bench_quality.py --data $(DATA) --texts wikitext2 ptb c4)
 	$(if $(DATA),$(PY) benchmarks/bench_migration.py --data $(DATA) --state $(VENV)/.calibration && $(PY) scripts/plot_migration.py)
+	$(if $(DATA),$(PY) benchmarks/bench_migration_methods.py --data $(DATA) --state $(VENV)/.calibration)
 	$(PY) scripts/readme_tables.py
 
 bench-gpu: $(READY)  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes

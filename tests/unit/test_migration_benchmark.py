@@ -18,8 +18,8 @@ from tests.model_dirs import save_plain
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def plot_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_migration", ROOT / "scripts" / "plot_migration.py")
+def plot_script(name: str = "plot_migration") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -68,7 +68,10 @@ def test_measures_and_draws(
     assert "measure first: benchmarks/bench_migration.py" in capsys.readouterr().out
 
 
-def test_methods_are_measured_against_the_unquantized_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_measured_against_the_unquantized_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
     text = "Some plain words, and more of them. " * 40
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(text + "\n")
@@ -84,6 +87,16 @@ def test_methods_are_measured_against_the_unquantized_model(tmp_path: Path, monk
     for row in result["rows"]:
         assert row["low_mean_error"] > row["high_mean_error"] > 0, "more bits, less error"
         assert 0 <= row["overlap"] <= 1
+
+    plot = plot_script("plot_migration_methods")
+    assert set(plot.METHODS) == set(methods), "a bar each"
+    assert plot.heights(result, (2, 3), "gptq", "overlap") == {"wikitext2": result["rows"][0]["overlap"]}
+    pictures = [tmp_path / "images" / name for name in ("a.svg", "b.svg")]
+    for picture in pictures:
+        assert plot.main(["--results", str(tmp_path / "r.json"), "--out", str(picture)]) == 0
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
+    assert "measure first: benchmarks/bench_migration_methods.py" in capsys.readouterr().out
 
 
 def test_rows_compare_sets_and_one_scale() -> None:
