@@ -209,6 +209,11 @@ class RuntimeConfig:
         return cls(Path(base) if base else default, environ.get(ENV_PREFIX + "LOG"))
 
 
+def environment_with(**changes: str) -> dict[str, str]:
+    """Return the environment for a child process: that of this one, with changes."""
+    return {**os.environ, **changes}
+
+
 def is_number(value: object) -> bool:
     """Say whether a value is a real number, NumPy's included; booleans are not."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Family, KernelSpec
 
 if TYPE_CHECKING:
     from mobiquant_compiler.codegen.configs import Target, TokenClass
+    from mobiquant_compiler.codegen.signature import Dtypes
 
 FUSED_CC = 10 * fused.CAPABILITY[0] + fused.CAPABILITY[1]
 
@@ -37,6 +38,7 @@ class Launch:
         parts: Linears.
         activation: Fixed-point width of activations.
         hidden: Hidden units of the trained router that chooses slice counts, 0 of a data-free one.
+        row_unit: 8 where the output rows of every linear are a multiple of it, 1 where not, None where nobody knows.
     """
 
     spec: SliceSpec
@@ -49,6 +51,12 @@ class Launch:
     parts: int = 1
     activation: Activation = Activation.A16
     hidden: int = 0
+    row_unit: int | None = None
+
+    @property
+    def row_units(self) -> tuple[int, ...]:
+        """The row units of kernels that it can take."""
+        return fused.row_units(self.n, self.parts) if self.row_unit is None else (self.row_unit,)
 
 
 def launches_of(
@@ -116,6 +124,7 @@ def _alone(linear: MobiLinear, bias: torch.dtype | None, activation: Activation 
         bias,
         activation=activation or Activation(linear.activation),
         hidden=linear.router.hidden_units,
+        row_unit=fused.row_unit(linear.out_features),
     )
 
 
@@ -127,7 +136,8 @@ def _together(members: Sequence[Launch]) -> Iterator[Launch]:
         kinds = {(m.device, m.x_dtype, m.scale_dtype, m.bias_dtype) for m in part}
         if len(part) == 1 or len(kinds) > 1:
             continue
-        yield replace(first, n=sum(m.n for m in part), parts=len(part))
+        unit = min(fused.row_unit(m.n) for m in part)
+        yield replace(first, n=sum(m.n for m in part), parts=len(part), row_unit=unit)
 
 
 def kernels_of(
@@ -168,6 +178,21 @@ def kernels_of(
     return list(dict.fromkeys(found))
 
 
+def binaries_of(
+    launches: Iterable[Launch], target: Target, tokens: Iterable[TokenClass], *, workspace: bool
+) -> list[tuple[KernelSpec, Dtypes]]:
+    """Return the kernels of launches as `kernels_of` does, each once, with the dtypes they are compiled for."""
+    from mobiquant_compiler.codegen.signature import Dtypes
+
+    classes = list(tokens)
+    found = {
+        (spec, Dtypes.of(launch.x_dtype, launch.scale_dtype)): None
+        for launch in launches
+        for spec in kernels_of(launch, target, classes, workspace=workspace)
+    }
+    return list(found)
+
+
 def _batch_kernels(
     launch: Launch, target: Target, tokens: Sequence[TokenClass], *, workspace: bool
 ) -> Iterator[KernelSpec]:
@@ -185,7 +210,7 @@ def _batch_kernels(
         for route in (True, False):
             facts = {"activation": launch.activation, "route": route, "long": long, "hidden": launch.hidden}
             yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, token_rows=True, **facts)
-    for unit in fused.row_units(launch.n, launch.parts):
+    for unit in launch.row_units:
         for tile in tiles:
             facts = {"tile": tile, "activation": launch.activation, "parts": launch.parts, "row_unit": unit}
             yield batch_configs.batch_spec(spec, k, target, has_bias=launch.bias_dtype is not None, **facts)
@@ -198,7 +223,7 @@ def _fused_kernels(launch: Launch, target: Target) -> Iterator[KernelSpec]:
     if target.cc != FUSED_CC or launch.x_dtype not in fused.DTYPES or not fused.takes_slices(launch.spec):
         return
     yield kernel_spec(Family.GATHER_TOKENS, launch.spec, launch.k, TokenClass.MANY, target)
-    for unit in fused.row_units(launch.n, launch.parts):
+    for unit in launch.row_units:
         for small in (True, False):
             facts = {"row_unit": unit, "has_bias": launch.bias_dtype is not None}
             yield wgmma_spec(launch.spec, launch.k, target, small=small, **facts)

@@ -29,6 +29,7 @@ def warm_kernels(
     max_tokens: int | None = None,
     activation: Activation = Activation.A16,
     hidden: int = 0,
+    units: Sequence[int] | None = None,
 ) -> int:
     """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
 
@@ -46,6 +47,7 @@ def warm_kernels(
         max_tokens: Leave out kernels for more tokens a call than this.
         activation: Fixed-point width of activations.
         hidden: Hidden units of the trained router that the launch asks, 0 of a data-free one.
+        units: Row units of kernels that the launch can take (`Launch.row_units`); all that `n` allows by default.
 
     Returns:
         How many kernels were run.
@@ -58,8 +60,9 @@ def warm_kernels(
     slices = torch.zeros(spec.packed_shape(1, k), dtype=torch.int32, device=device)
     weights = [Weight(slices, scale, scale, bias)] * parts
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
+    units = fused.row_units(n, parts) if units is None else units
     launched = sum(
-        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden)
+        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden, units)
         for tokens in calls
         if max_tokens is None or tokens <= max_tokens
     )
@@ -69,7 +72,13 @@ def warm_kernels(
 
 
 def _warm_call(
-    weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int, activation: Activation, hidden: int
+    weights: Sequence[Weight],
+    x: Tensor,
+    spec: SliceSpec,
+    n: int,
+    activation: Activation,
+    hidden: int,
+    units: Sequence[int],
 ) -> int:
     """Run every kernel that a call of as many tokens as `x` has can run; returns how many."""
     router, kind = idle_router(x.shape[-1], spec.num_slices, hidden, x.device)
@@ -82,7 +91,7 @@ def _warm_call(
     kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
     launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
     routing = (router, limits, hist, mask)
-    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation)
+    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
@@ -90,7 +99,7 @@ def _warm_call(
     for prefill in ways:
         wiring.by_workspace(x, counts, weights, spec, prefill)
     launched += len(ways)
-    return launched + (_warm_fused(weights, x, counts, spec, n) if wiring.fused_refusal(x, spec) is None else 0)
+    return launched + (_warm_fused(weights, x, counts, spec, units) if wiring.fused_refusal(x, spec) is None else 0)
 
 
 def _warm_batches(
@@ -101,6 +110,7 @@ def _warm_batches(
     spec: SliceSpec,
     n: int,
     activation: Activation,
+    units: Sequence[int],
 ) -> int:
     """Run the kernels of tokens as rows; routing is router, thresholds, histogram and mask. Returns how many."""
     from mobiquant_compiler.codegen.configs import TokenClass
@@ -113,7 +123,6 @@ def _warm_batches(
     launch.prepare(quantize, x, counts=counts)
     prepared = prepare(x, *routing, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
-    units = fused.row_units(n, len(weights))
     for unit in units:
         for tile in tiles:
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
@@ -128,9 +137,9 @@ def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:
     return Weight(slices, weight.scale.expand(rows, -1), weight.zero.expand(rows, -1), bias)
 
 
-def _warm_fused(weights: Sequence[Weight], x: Tensor, counts: Tensor, spec: SliceSpec, n: int) -> int:
+def _warm_fused(weights: Sequence[Weight], x: Tensor, counts: Tensor, spec: SliceSpec, units: Sequence[int]) -> int:
     """Run the kernels that make weights in registers, of both tiles; returns how many."""
-    k, target, units = x.shape[-1], target_of(x.device), fused.row_units(n, len(weights))
+    k, target = x.shape[-1], target_of(x.device)
     tokens = fused.gather(gather_kernel(spec, k, target), x, counts)
     for unit in units:
         weight = _of_rows(weights[0], unit, spec, k)

@@ -13,9 +13,10 @@ from torch import nn
 
 from mobiquant_compiler import warming
 from mobiquant_compiler.errors import BadOption
-from mobiquant_compiler.launches import Launch, launches_of
+from mobiquant_compiler.kernels import target_of
+from mobiquant_compiler.launches import Launch, binaries_of, launches_of
 from mobiquant_compiler.runtime import launch as runtime
-from mobiquant_compiler.spec import Activation
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation
 
 Progress = Callable[[str, int, int], None]
 
@@ -30,6 +31,7 @@ class WarmupReport:
         binaries: Binaries that were not loaded before, compiled or read from Triton's cache: a kernel has one for each
             device and combination of dtypes.
         seconds: How long it took.
+        workers: Processes that compiled beside one another; 0 where there were none, or nothing to compile.
         files: Source of the new kernels, as emitted.
         reason: Why there was nothing to do, "" where there was.
     """
@@ -38,6 +40,7 @@ class WarmupReport:
     kernels: int = 0
     binaries: int = 0
     seconds: float = 0.0
+    workers: int = 0
     files: tuple[Path, ...] = ()
     reason: str = ""
 
@@ -45,7 +48,8 @@ class WarmupReport:
         if self.reason:
             return f"nothing to warm up: {self.reason}"
         what = f"{self.launches} kinds of launches, {self.kernels} new kernels, {self.binaries} new binaries"
-        return f"{what} in {self.seconds:.1f} s"
+        by = f" by {self.workers} processes" if self.workers else ""
+        return f"{what} in {self.seconds:.1f} s{by}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -57,6 +61,7 @@ def warmup(
     *,
     max_tokens: int | None = None,
     activation: str | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> WarmupReport:
     """Compile and load every kernel that a model's linears can need, each alone and siblings together.
@@ -68,25 +73,29 @@ def warmup(
         model: Quantized model, or a plain one that ran once compiled with backend="mobiquant"; compiled or not.
         max_tokens: Leave out what only calls of more tokens need; all by default.
         activation: As given to torch.compile in `options`; the linears' own by default (see `set_execution`).
-        progress: Called with stage, done, total.
+        workers: Processes that compile beside one another, each with about a gigabyte of memory; one a core but one by
+            default. With 1 or 0 this process compiles.
+        progress: Called with stage ("compile", then "kernels"), done, total.
 
     Returns:
         What was done. On a CPU, which runs no kernels, it says so.
 
     Raises:
         NotElastic: the model has no elastic linear.
-        BadOption: `max_tokens` or `activation`.
+        BadOption: `max_tokens`, `activation` or `workers`.
         TritonMissing: the model is on a GPU, and triton cannot be imported.
     """
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         wanted = "a whole number of at least 1, or None"
         raise BadOption(where="warmup", name="max_tokens", got=max_tokens, wanted=wanted)
+    if workers is not None and (type(workers) is not int or workers < 0):
+        raise BadOption(where="warmup", name="workers", got=workers, wanted="a whole number of at least 0, or None")
     width = None if activation is None else Activation.of(activation, "warmup")
     launches = launches_of(model, "warmup", activation=width)
     todo = [launch for launch in launches if _why_not(launch) is None]
     if not todo:
         return WarmupReport(reason="; ".join(sorted({str(_why_not(launch)) for launch in launches})))
-    return _run(todo, max_tokens, progress or (lambda stage, done, total: None))
+    return _run(todo, max_tokens, workers, progress or (lambda stage, done, total: None))
 
 
 def _why_not(launch: Launch) -> str | None:
@@ -96,10 +105,26 @@ def _why_not(launch: Launch) -> str | None:
     return runtime.refusal(launch.x_dtype, launch.device)
 
 
-def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress) -> WarmupReport:
+def _compile(launches: Sequence[Launch], max_tokens: int | None, workers: int | None, progress: Progress) -> int:
+    """Compile what launches will ask for, side by side; returns by how many processes."""
+    from mobiquant_compiler.codegen import compiling
+    from mobiquant_compiler.codegen.configs import TokenClass
+
+    classes = [kind for kind in TokenClass if max_tokens is None or kind.sample <= max_tokens]
+    long = max_tokens is None or max_tokens > PREFILL_TOKENS
+    jobs: list[compiling.Job] = []
+    for device in dict.fromkeys(launch.device for launch in launches):
+        target, own = target_of(device), [launch for launch in launches if launch.device == device]
+        found = binaries_of(own, target, classes, workspace=long)
+        jobs += [(spec, target.cc, dtypes) for spec, dtypes in found]
+    return compiling.compile_all(jobs, workers, lambda done: progress("compile", done, len(jobs)))
+
+
+def _run(launches: Sequence[Launch], max_tokens: int | None, workers: int | None, progress: Progress) -> WarmupReport:
     from mobiquant_compiler.codegen import cache
 
     start, before, binaries = time.perf_counter(), len(cache.loaded_kernels()), cache.compiled_kernels()
+    processes = _compile(launches, max_tokens, workers, progress)
     with torch.inference_mode(False), torch.no_grad():
         for done, launch in enumerate(launches, 1):
             warming.warm_kernels(
@@ -114,6 +139,7 @@ def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress)
                 max_tokens=max_tokens,
                 activation=launch.activation,
                 hidden=launch.hidden,
+                units=launch.row_units,
             )
             progress("kernels", done, len(launches))
     new = cache.loaded_kernels()[before:]
@@ -122,5 +148,6 @@ def _run(launches: Sequence[Launch], max_tokens: int | None, progress: Progress)
         kernels=len(new),
         binaries=cache.compiled_kernels() - binaries,
         seconds=time.perf_counter() - start,
+        workers=processes,
         files=tuple(kernel.path for kernel in new),
     )

@@ -99,7 +99,23 @@ def fused_prefill(device: str) -> list[str]:
     return wrong
 
 
-PARTS = {spec_id(spec): partial(integer_path, spec) for spec in SPECS} | {"prefill": routing_and_prefill}
+def blocks_of_tokens(device: str) -> list[str]:
+    """Run products of warpgroups, in tiles of every size, where the device can: by rows enough to be chosen."""
+    wrong = []
+    for tokens, n in ((16, 12_840), (32, 6_400), (40, 6_205)):
+        case = integer_case(SPECS[0], tokens, n, COLUMNS, bias=True, device=device)
+        if wiring.takes_rows(case.x, [wiring.Weight(*case.arguments[2:])], SPECS[0]):
+            name = f"{tokens} tokens, {n} rows"
+            wrong += check(name, wiring.routed_linear(*case.arguments, SPECS[0]), case)
+            case.counts.fill_(4)
+            wrong += check(f"{name}, all slices", wiring.routed_linear(*case.arguments, SPECS[0]), case)
+            y = wiring.routed_linear(*case.arguments, SPECS[0], Activation.A8)
+            wrong += [] if bool(y.isfinite().all()) else [f"{name}, a8: not finite"]
+    return wrong
+
+
+PARTS = {spec_id(spec): partial(integer_path, spec) for spec in SPECS}
+PARTS |= {"prefill": routing_and_prefill, "blocks": blocks_of_tokens}
 
 
 def main(names: Sequence[str]) -> int:

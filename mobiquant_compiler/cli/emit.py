@@ -32,7 +32,6 @@ COLUMNS = {
     "products": "products",
     "fits": "fits",
 }
-_TRITON_NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 _OF_A_SPEC = ("widths", "group", "layout", "k", "n", "bias", "parts", "hidden")
 
 
@@ -172,16 +171,10 @@ def kernels_for(
         workspace: Whether calls are long enough for the workspace way.
     """
     from mobiquant_compiler.codegen.configs import Target, TokenClass
-    from mobiquant_compiler.codegen.signature import Dtypes
-    from mobiquant_compiler.launches import kernels_of
+    from mobiquant_compiler.launches import binaries_of
 
     classes = list(TokenClass) if tokens is None else list(dict.fromkeys(map(TokenClass.of, tokens)))
-    found: dict[tuple[KernelSpec, Dtypes], None] = {}
-    for launch in launches:
-        dtypes = Dtypes(_TRITON_NAMES[str(launch.x_dtype)], _TRITON_NAMES[str(launch.scale_dtype)])
-        for spec in kernels_of(launch, Target.of(cc), classes, workspace=workspace):
-            found[spec, dtypes] = None
-    return list(found)
+    return binaries_of(launches, Target.of(cc), classes, workspace=workspace)
 
 
 def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, ptx: bool) -> list[dict[str, Any]]:

@@ -20,6 +20,13 @@ class Dtypes:
     x: str = "bf16"
     scale: str = "fp16"
 
+    @classmethod
+    def of(cls, x: object, scale: object) -> Dtypes:
+        """Return the names of torch's dtypes."""
+        return cls(_TRITON_NAMES[str(x)], _TRITON_NAMES[str(scale)])
+
+
+_TRITON_NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 _FIXED = {
     "energy_ptr": "*fp32",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import reference, warming, wiring
-from mobiquant_compiler.codegen import cache
+from mobiquant_compiler.codegen import cache, compiling
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -174,6 +175,19 @@ def elastic_block() -> Block:
     model = Block().eval().requires_grad_(False).to(WHERE, torch.bfloat16)
     mq.quantize_(model)
     return model
+
+
+def test_launches_find_what_children_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "_LOOKUP_S", 0.0)
+    kept: dict[str, int] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        kept[stage] = len(list(tmp_path.rglob("*.cubin")))
+
+    report = mq.warmup(elastic_block(), max_tokens=16, workers=8, progress=progress)
+    assert report.workers > 1
+    assert kept["kernels"] == kept["compile"] > 0, "launches compiled nothing more"
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])

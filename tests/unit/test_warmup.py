@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import warming
-from mobiquant_compiler.codegen import cache
+from mobiquant_compiler.codegen import cache, compiling
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.errors import BadOption, NotElastic
 from mobiquant_compiler.launches import Launch, kernels_of, launches_of
@@ -185,11 +186,27 @@ class TestWarmup:
 
         monkeypatch.setitem(mq.warmup.__globals__, "launches_of", moved)
         monkeypatch.setattr(warming, "warm_kernels", warm)
+        monkeypatch.setattr(compiling, "compile_all", compiled)
         monkeypatch.setattr(cache, "_LOADED", {})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         runtime.refusal.cache_clear()
         yield seen
         runtime.refusal.cache_clear()
+
+    def test_compiles_what_the_launches_run(self, warmed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[list[compiling.Job], int]] = []
+        monkeypatch.setattr(compiling, "compile_all", lambda jobs, asked, progress: seen.append((jobs, asked)) or 3)
+        report = mq.warmup(quantized().to(torch.bfloat16), workers=3)
+        ((jobs, workers),) = seen
+        assert (report.workers, workers, len(warmed)) == (3, 3, 5)
+        launches = [replace(launch, device=GPU) for launch in launches_of(quantized().to(torch.bfloat16), "test")]
+        wanted = {spec for launch in launches for spec in kernels_of(launch, H100, TokenClass, workspace=True)}
+        assert {spec for spec, *_ in jobs} == wanted
+        assert len(jobs) == len(set(jobs))
+        assert {(cc, dtypes.x, dtypes.scale) for _, cc, dtypes in jobs} == {(90, "bf16", "fp16")}
+        assert " by 3 processes" in str(report)
+        mq.warmup(quantized(), max_tokens=1, workers=3)
+        assert not any(spec.family is Family.DEQUANTIZE for spec, *_ in seen[1][0]), "short calls need no workspace"
 
     def test_nothing_is_to_do_on_a_cpu(self) -> None:
         told: list[tuple[str, int, int]] = []
@@ -199,15 +216,16 @@ class TestWarmup:
 
     def test_every_launch_once(self, warmed: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
         told: list[tuple[str, int, int]] = []
-        report = mq.warmup(quantized(), max_tokens=16, progress=lambda *news: told.append(news))
+        report = mq.warmup(quantized(), max_tokens=16, workers=2, progress=lambda *news: told.append(news))
         assert len(warmed) == report.launches == report.kernels == 5
         assert report.binaries == sum(range(6))
         assert report.files == tuple(Path(f"kernel{number}") for number in range(1, 6))
-        assert told == [("kernels", done, 5) for done in range(1, 6)]
+        assert told[-5:] == [("kernels", done, 5) for done in range(1, 6)]
+        assert {stage for stage, *_ in told[:-5]} == {"compile"}
         args, kwargs = warmed[-1]
         assert args == (SPEC, 192, 64, torch.float32, GPU)
         wanted = {"scale_dtype": torch.float16, "bias_dtype": None, "parts": 2, "max_tokens": 16}
-        assert kwargs == wanted | {"activation": Activation.A16, "hidden": 0}
+        assert kwargs == wanted | {"activation": Activation.A16, "hidden": 0, "units": (8,)}
         assert str(report).startswith("5 kinds of launches, 5 new kernels, 15 new binaries in ")
         assert report.to_dict()["files"][0] == "kernel1"
 
@@ -219,10 +237,19 @@ class TestWarmup:
         report = mq.warmup(quantized().double())
         assert (report.reason, warmed) == ("activations are torch.float64", [])
 
-    @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": 1.5}, {"activation": "a4"}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{"max_tokens": 0}, {"max_tokens": 1.5}, {"activation": "a4"}, {"workers": -1}], ids=str
+    )
     def test_bad_options(self, options: dict[str, Any]) -> None:
         with pytest.raises(BadOption, match=f"warmup: option '{next(iter(options))}'"):
             mq.warmup(quantized(), **options)
+
+
+def compiled(jobs: list[compiling.Job], asked: int | None, progress: Callable[[int], None]) -> int:
+    """Only say that jobs are done."""
+    for done in range(1, len(jobs) + 1):
+        progress(done)
+    return 0
 
 
 def jitted(binaries: int) -> SimpleNamespace:
