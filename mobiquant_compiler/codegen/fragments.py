@@ -188,21 +188,33 @@ def quarter_of_lane(t):
 
 
 @triton.jit
-def _bytes_products(left, right):
-    """Sum products of bytes over depth, int32 [W, 8, 4] x [W, 8, 4] -> [W, 8, 8]; for the emulation."""
-    total = tl.zeros([left.shape[0], 8, 8], tl.int32)
-    for j in tl.static_range(4):
-        a = (left >> (8 * j)) & 255
-        b = (right << (24 - 8 * j)) >> 24
-        total += tl.sum(a[:, :, None, :] * b[:, None, :, :], axis=3)
-    return total
+def _bytes_of(words, SIGNED: tl.constexpr):
+    """Return the bytes of words as numbers, int32 [W, R, 8] -> float32 [W, R, 32]; for the emulation."""
+    W: tl.constexpr = words.shape[0]
+    R: tl.constexpr = words.shape[1]
+    found = words[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]
+    if SIGNED:
+        found = (found << 24) >> 24
+    else:
+        found = found & 255
+    return tl.reshape(found.to(tl.float32), [W, R, 32])
 
 
 @triton.jit
-def _as_columns(product, THREADS: tl.constexpr):
-    """Return even and odd columns of [W, 8, 8] as lanes hold them; for the emulation."""
-    even, odd = tl.split(tl.reshape(product, [THREADS // 32, 8, 4, 2]))
-    return tl.reshape(even, [THREADS]), tl.reshape(odd, [THREADS])
+def _emulated_tile(codes, b0, b1):
+    """Return what `multiply_tile` adds, in few operations of the interpreter: sums of bytes are exact in float32."""
+    a0, a1, a2, a3 = codes
+    W: tl.constexpr = a0.shape[0] // 32
+    # Of a lane: row g or g + 8, near or far words. Columns of both operands are ordered by depth, lane of a quad, byte.
+    rows = tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [W, 8, 4, 2, 2])
+    rows = tl.reshape(tl.permute(rows, (0, 4, 1, 3, 2)), [W, 16, 8])
+    columns = tl.reshape(tl.permute(tl.reshape(tl.join(b0, b1), [W, 8, 4, 2]), (0, 1, 3, 2)), [W, 8, 8])
+    product = tl.dot(_bytes_of(rows, False), tl.permute(_bytes_of(columns, True), (0, 2, 1)), input_precision="ieee")
+    lanes = tl.permute(tl.reshape(product.to(tl.int32), [W, 2, 8, 4, 2]), (0, 2, 3, 4, 1))
+    even, odd = tl.split(tl.permute(tl.reshape(lanes, [W * 32, 2, 2]), (0, 2, 1)))
+    d0, d2 = tl.split(even)
+    d1, d3 = tl.split(odd)
+    return d0, d1, d2, d3
 
 
 @triton.jit
@@ -212,18 +224,11 @@ def multiply_tile(codes, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr):
     Shapes: int32 [THREADS] each. codes: rows g and g + 8, then the same 16 deeper; b: column g, two depths; c: row g,
         columns 2 t and 2 t + 1 (c0, c1), row g + 8 likewise (c2, c3); returns the new c.
     """
-    a0, a1, a2, a3 = codes
     if EMULATE:
-        THREADS: tl.constexpr = a0.shape[0]
-        SHAPE: tl.constexpr = (a0.shape[0] // 32, 8, 4)
-        near = tl.reshape(b0, SHAPE)
-        far = tl.reshape(b1, SHAPE)
-        top = _bytes_products(tl.reshape(a0, SHAPE), near) + _bytes_products(tl.reshape(a2, SHAPE), far)
-        low = _bytes_products(tl.reshape(a1, SHAPE), near) + _bytes_products(tl.reshape(a3, SHAPE), far)
-        d0, d1 = _as_columns(top, THREADS)
-        d2, d3 = _as_columns(low, THREADS)
+        d0, d1, d2, d3 = _emulated_tile(codes, b0, b1)
         c0, c1, c2, c3 = c0 + d0, c1 + d1, c2 + d2, c3 + d3
     else:
+        a0, a1, a2, a3 = codes
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
             " {$10, $11, $12, $13};",
