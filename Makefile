@@ -61,12 +61,12 @@ bench: $(MODEL)  ## measure, write benchmarks/results, redraw the README; DATA=d
 	$(PY) benchmarks/bench_speed.py
 	$(if $(DATA),$(PY) benchmarks/bench_quality.py --data $(DATA) --texts wikitext2 ptb c4)
 	$(if $(DATA),$(PY) benchmarks/bench_migration.py --data $(DATA) --state $(VENV)/.calibration && $(PY) scripts/plot_migration.py)
-	$(if $(DATA),$(PY) benchmarks/bench_migration_methods.py --data $(DATA) --state $(VENV)/.calibration)
 	$(PY) scripts/readme_tables.py
 
-bench-gpu: $(READY)  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes
+bench-gpu: $(READY)  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes; DATA=dir adds migration
 	$(PIP) install --quiet -c constraints.txt gemlite
 	$(PY) benchmarks/bench_linear.py
+	$(if $(DATA),$(PY) benchmarks/bench_migration_methods.py --data $(DATA) --state $(VENV)/.calibration-gpu && $(PY) scripts/plot_migration_methods.py)
 
 readme: $(READY)  ## draw the README's tables from benchmarks/results
 	$(PY) scripts/readme_tables.py

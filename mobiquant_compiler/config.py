@@ -210,7 +210,7 @@ class RuntimeConfig:
 
 
 def environment_with(**changes: str) -> dict[str, str]:
-    """Return the environment for a child process: that of this one, with changes."""
+    """Return the environment for a child process: that of this one with `changes`, values by name."""
     return {**os.environ, **changes}
 
 

@@ -181,15 +181,24 @@ def kernels_of(
 def binaries_of(
     launches: Iterable[Launch], target: Target, tokens: Iterable[TokenClass], *, workspace: bool
 ) -> list[tuple[KernelSpec, Dtypes]]:
-    """Return the kernels of launches as `kernels_of` does, each once, with the dtypes they are compiled for."""
+    """Return the kernels of launches, each once, with the dtypes they are compiled for.
+
+    Args:
+        launches: See `launches_of`.
+        target: As `kernels_of` takes it, and what follows.
+        tokens: Classes of token counts.
+        workspace: Whether there are long calls.
+
+    Raises:
+        KernelDoesNotFit: no tile fits the target.
+    """
     from mobiquant_compiler.codegen.signature import Dtypes
 
-    classes = list(tokens)
-    found = {
-        (spec, Dtypes.of(launch.x_dtype, launch.scale_dtype)): None
-        for launch in launches
-        for spec in kernels_of(launch, target, classes, workspace=workspace)
-    }
+    classes, found = list(tokens), dict[tuple[KernelSpec, Dtypes], None]()
+    for launch in launches:
+        for spec in kernels_of(launch, target, classes, workspace=workspace):
+            bias = launch.bias_dtype if spec.has_bias else None
+            found[spec, Dtypes.of(launch.x_dtype, launch.scale_dtype, bias)] = None
     return list(found)
 
 

@@ -74,7 +74,7 @@ def warmup(
         max_tokens: Leave out what only calls of more tokens need; all by default.
         activation: As given to torch.compile in `options`; the linears' own by default (see `set_execution`).
         workers: Processes that compile beside one another, each with about a gigabyte of memory; one a core but one by
-            default. With 1 or 0 this process compiles.
+            default, at most 32. With 1 or 0 this process compiles. Ranks that share a host should share it out.
         progress: Called with stage ("compile", then "kernels"), done, total.
 
     Returns:
@@ -117,6 +117,7 @@ def _compile(launches: Sequence[Launch], max_tokens: int | None, workers: int | 
         target, own = target_of(device), [launch for launch in launches if launch.device == device]
         found = binaries_of(own, target, classes, workspace=long)
         jobs += [(spec, target.cc, dtypes) for spec, dtypes in found]
+    jobs = list(dict.fromkeys(jobs))  # binaries are of a kind of GPU, not of one
     return compiling.compile_all(jobs, workers, lambda done: progress("compile", done, len(jobs)))
 
 

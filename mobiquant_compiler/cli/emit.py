@@ -187,9 +187,9 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
     rows = []
     with progress() as report:
         for done, (spec, dtypes) in enumerate(chosen, 1):
-            path = cache.emit(spec, output)
+            path, kinds = cache.emit(spec, output), ".".join(filter(None, (dtypes.x, dtypes.scale, dtypes.bias)))
             found = asdict(resources.measure(spec, cc, dtypes))
-            text, beside = found.pop("ptx"), path.with_suffix(f".sm{cc}.{dtypes.x}.{dtypes.scale}.ptx")
+            text, beside = found.pop("ptx"), path.with_suffix(f".sm{cc}.{kinds}.ptx")
             if ptx and text:
                 beside.write_text(text, encoding="utf-8")
             where = {"file": str(path), "ptx": str(beside) if ptx and text else None, "target": f"sm_{cc}"}

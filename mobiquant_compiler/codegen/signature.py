@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mobiquant_compiler.spec import Family
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,20 +17,32 @@ class Dtypes:
     """Triton names of the dtypes that a kernel's caller is free to choose.
 
     Attributes:
-        x: Activations, output, bias and the workspace of dequantized weights.
+        x: Activations, output and the workspace of dequantized weights.
         scale: Scale and zero point.
+        bias: Bias; None is that of the activations.
     """
 
     x: str = "bf16"
     scale: str = "fp16"
+    bias: str | None = None
 
     @classmethod
-    def of(cls, x: object, scale: object) -> Dtypes:
-        """Return the names of torch's dtypes."""
-        return cls(_TRITON_NAMES[str(x)], _TRITON_NAMES[str(scale)])
+    def of(cls, x: torch.dtype, scale: torch.dtype, bias: torch.dtype | None = None) -> Dtypes:
+        """Return the names of torch's dtypes.
+
+        Args:
+            x: A dtype of floating point, as the others.
+            scale: Of scale and zero point.
+            bias: None is that of x.
+
+        Raises:
+            KeyError: another dtype, which kernels do not take.
+        """
+        own = None if bias in (None, x) else _TRITON_NAMES[str(bias)]
+        return cls(_TRITON_NAMES[str(x)], _TRITON_NAMES[str(scale)], own)
 
 
-_TRITON_NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+_TRITON_NAMES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
 
 _FIXED = {
     "energy_ptr": "*fp32",
@@ -60,7 +76,9 @@ def parameter_type(name: str, family: Family, dtypes: Dtypes) -> str:
         KeyError: no template has such a parameter.
     """
     name = re.sub(r"\d", "", name)  # slices1_ptr: the same of another weight
-    if name in ("x_ptr", "y_ptr", "bias_ptr", "workspace_ptr", "gathered_ptr"):
+    if name == "bias_ptr":
+        return f"*{dtypes.bias or dtypes.x}"
+    if name in ("x_ptr", "y_ptr", "workspace_ptr", "gathered_ptr"):
         return f"*{dtypes.x}"
     if name in ("scale_ptr", "zero_ptr"):
         return f"*{dtypes.scale}"

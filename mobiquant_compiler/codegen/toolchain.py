@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -16,7 +17,7 @@ _GLUON = (
     *("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
     *("SharedLinearLayout", "warp_specialize"),
 )
-_HOPPER = ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
+_HOPPER = ("fence_async_shared", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
 
 
 def triton() -> ModuleType:
@@ -52,6 +53,25 @@ def cuobjdump() -> str | None:
         return str(triton().knobs.nvidia.cuobjdump.path)
     except (RuntimeError, AttributeError):
         return None
+
+
+def was_cached(compile_kernel: Callable[[], Any]) -> bool:
+    """Compile, and say whether Triton's cache on disk held all of it; raises what `compile_kernel` does."""
+    found: list[bool] = []
+    knobs = triton().knobs.compilation
+    before = knobs.listener
+
+    def note(**facts: Any) -> None:
+        found.append(bool(facts["cache_hit"]))
+        if before is not None:
+            before(**facts)
+
+    knobs.listener = note
+    try:
+        compile_kernel()
+    finally:
+        knobs.listener = before
+    return all(found)
 
 
 def source_type(function: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mobiquant_compiler as mq
 from mobiquant_compiler import reference, warming, wiring
-from mobiquant_compiler.codegen import cache, compiling
+from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -179,7 +179,6 @@ def elastic_block() -> Block:
 
 def test_launches_find_what_children_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiling, "_LOOKUP_S", 0.0)
     kept: dict[str, int] = {}
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -54,6 +54,16 @@ class TestLaunches:
         assert {launch.x_dtype for launch in found} == {torch.float32}
         assert {launch.scale_dtype for launch in found} == {torch.float16}
 
+    @pytest.mark.parametrize(("rows", "unit"), [((16, 24), 8), ((12, 16), 1), ((16, 12), 1)], ids=str)
+    def test_siblings_have_the_row_unit_of_all(self, rows: tuple[int, ...], unit: int) -> None:
+        router = Router(torch.ones(64), SPEC.widths)
+        model = nn.ModuleList(
+            MobiLinear.from_weight(torch.randn(n, 64), None, SPEC, router=router, where="w") for n in rows
+        )
+        (together,) = (launch for launch in launches_of(model, "test") if launch.parts == 2)
+        assert together.row_units == (unit,)
+        assert replace(together, row_unit=None).row_units == (1, 8), "where nobody knows"
+
     def test_dtypes_are_those_of_the_model_now(self) -> None:
         found = launches_of(quantized().to(torch.bfloat16), "test")
         assert {launch.x_dtype for launch in found} == {torch.bfloat16}
@@ -205,8 +215,19 @@ class TestWarmup:
         assert len(jobs) == len(set(jobs))
         assert {(cc, dtypes.x, dtypes.scale) for _, cc, dtypes in jobs} == {(90, "bf16", "fp16")}
         assert " by 3 processes" in str(report)
+        biased = {spec.has_bias: dtypes.bias for spec, _, dtypes in jobs}
+        assert biased == {True: "fp32", False: None}, "a linear keeps its bias as it was made"
         mq.warmup(quantized(), max_tokens=1, workers=3)
         assert not any(spec.family is Family.DEQUANTIZE for spec, *_ in seen[1][0]), "short calls need no workspace"
+
+    @pytest.mark.usefixtures("warmed")
+    def test_gpus_of_a_kind_share_binaries(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[compiling.Job] = []
+        monkeypatch.setattr(compiling, "compile_all", lambda jobs, asked, progress: seen.extend(jobs) or 0)
+        one = Launch(SPEC, 64, 64, GPU, torch.bfloat16)
+        both = [one, replace(one, device=torch.device("cuda", 1))]
+        mq.warmup.__globals__["_compile"](both, 8, None, lambda stage, done, total: None)
+        assert len(seen) == len(set(seen)) > 0
 
     def test_nothing_is_to_do_on_a_cpu(self) -> None:
         told: list[tuple[str, int, int]] = []
