@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,6 +177,16 @@ def kernels_for(
     return binaries_of(launches, Target.of(cc), classes, workspace=workspace)
 
 
+def _compile(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, report: Callable[[str, int, int], None]) -> None:
+    """Have all binaries in Triton's cache, compiled side by side; `resources.measure` says what cannot be had."""
+    from mobiquant_compiler.codegen import compiling, toolchain
+
+    if toolchain.version() == "absent" or toolchain.interpreting():
+        return
+    jobs = [(spec, cc, dtypes) for spec, dtypes in chosen]
+    compiling.compile_all(jobs, None, lambda done: report("compile", done, len(jobs)))
+
+
 def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, ptx: bool) -> list[dict[str, Any]]:
     """Emit every kernel, compile it, and return a row each."""
     from dataclasses import asdict
@@ -186,6 +196,7 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
 
     rows = []
     with progress() as report:
+        _compile(chosen, cc, report)
         for done, (spec, dtypes) in enumerate(chosen, 1):
             path, kinds = cache.emit(spec, output), ".".join(filter(None, (dtypes.x, dtypes.scale, dtypes.bias)))
             found = asdict(resources.measure(spec, cc, dtypes))

@@ -15,7 +15,7 @@ import torch
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
 from mobiquant_compiler.cli import main
-from mobiquant_compiler.codegen import cache, resources, toolchain
+from mobiquant_compiler.codegen import cache, compiling, resources, toolchain
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
 from mobiquant_compiler.codegen.specialise import template_digest
 from mobiquant_compiler.errors import TritonMissing
@@ -64,6 +64,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return resources.Resources(registers=7, ptx="// ptx")
 
     monkeypatch.setattr(resources, "measure", measured)
+    monkeypatch.setattr(compiling, "compile_all", lambda jobs, asked, progress: progress(len(jobs)) or 0)
     return seen
 
 
@@ -92,6 +93,15 @@ class TestSpec:
         facts = {"n": 9999, "activation": "a8", "has_bias": True, "parts": 3}
         assert spec == kernel_spec(Family.SLICED_MMA, weight, 100, TokenClass.of(9), Target.of(80), **facts)
         assert (cc, dtypes.x, dtypes.scale) == (80, "fp16", "fp16")
+
+    def test_binaries_are_compiled_beforehand(
+        self, run: Run, uncompiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[compiling.Job] = []
+        monkeypatch.setattr(compiling, "compile_all", lambda jobs, asked, progress: seen.extend(jobs) or 0)
+        assert run(tmp_path, *SMALL, "--target", "80")[0] == 0
+        assert seen == uncompiled
+        assert {cc for _, cc, _ in seen} == {80}
 
     def test_a_trained_router(self, run: Run, uncompiled: list[Any], tmp_path: Path) -> None:
         assert run(tmp_path, *SMALL, "--family", "route_quantize", "--hidden", "12")[0] == 0
