@@ -63,7 +63,7 @@ bench: $(MODEL)  ## measure, write benchmarks/results, redraw the README; DATA=d
 	$(if $(DATA),$(PY) benchmarks/bench_migration.py --data $(DATA) --state $(VENV)/.calibration && $(PY) scripts/plot_migration.py)
 	$(PY) scripts/readme_tables.py
 
-bench-gpu: $(READY)  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes; DATA=dir adds migration
+bench-gpu: $(READY) $(if $(DATA),$(MODEL))  ## one linear against cuBLAS, tinygemm and GemLite on a CUDA device, under eight minutes; DATA=dir adds migration
 	$(PIP) install --quiet -c constraints.txt gemlite
 	$(PY) benchmarks/bench_linear.py
 	$(if $(DATA),$(PY) benchmarks/bench_migration_methods.py --data $(DATA) --state $(VENV)/.calibration-gpu && $(PY) scripts/plot_migration_methods.py)

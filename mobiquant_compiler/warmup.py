@@ -108,16 +108,18 @@ def _why_not(launch: Launch) -> str | None:
 def _compile(launches: Sequence[Launch], max_tokens: int | None, workers: int | None, progress: Progress) -> int:
     """Compile what launches will ask for, side by side; returns by how many processes."""
     from mobiquant_compiler.codegen import compiling
-    from mobiquant_compiler.codegen.configs import TokenClass
+    from mobiquant_compiler.codegen.configs import Target, TokenClass
 
     classes = [kind for kind in TokenClass if max_tokens is None or kind.sample <= max_tokens]
     long = max_tokens is None or max_tokens > PREFILL_TOKENS
-    jobs: list[compiling.Job] = []
-    for device in dict.fromkeys(launch.device for launch in launches):
-        target, own = target_of(device), [launch for launch in launches if launch.device == device]
-        found = binaries_of(own, target, classes, workspace=long)
-        jobs += [(spec, target.cc, dtypes) for spec, dtypes in found]
-    jobs = list(dict.fromkeys(jobs))  # binaries are of a kind of GPU, not of one
+    by_target: dict[Target, list[Launch]] = {}  # binaries are of a kind of GPU, not of one
+    for launch in launches:
+        by_target.setdefault(target_of(launch.device), []).append(launch)
+    jobs: list[compiling.Job] = [
+        (spec, target.cc, dtypes)
+        for target, own in by_target.items()
+        for spec, dtypes in binaries_of(own, target, classes, workspace=long)
+    ]
     return compiling.compile_all(jobs, workers, lambda done: progress("compile", done, len(jobs)))
 
 

@@ -7,22 +7,19 @@ Above, speed-ups over bf16 on one token; below, time against tokens for one shap
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pictures
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-ROOT = Path(__file__).resolve().parent.parent
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
 OURS = ("#08519c", "#3182bd", "#6baed6", "#a6cee8")  # 1, 2, 3 and 4 slices
 RIVALS = {
@@ -161,18 +158,8 @@ def draw(result: Mapping[str, Any], out: Path, shape: tuple[int, int] | None = N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "h100" / "linear.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "linear_h100.svg")
-    args = parser.parse_args(arguments)
-    try:
-        result = json.loads(args.results.read_text(encoding="utf-8"))
-    except OSError as error:
-        print(f"{args.results}: {os.strerror(error.errno or 0)}; measure first: benchmarks/bench_linear.py")
-        return 2
-    draw(result, args.out)
-    print(f"wrote {args.out}")
-    return 0
+    paths = pictures.RESULTS / "h100" / "linear.json", pictures.IMAGES / "linear_h100.svg"
+    return pictures.run(__doc__, paths, "benchmarks/bench_linear.py", draw, arguments)
 
 
 if __name__ == "__main__":

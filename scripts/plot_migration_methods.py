@@ -8,15 +8,13 @@ widths have in common. The same file gives the same picture.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import pictures
+
 METHODS = {
     "rtn": ("round to nearest, a model a width", "#d9c3a0"),
     "gptq": ("GPTQ, a model a width", "#b0413e"),
@@ -47,35 +45,20 @@ def draw_panel(axis: Any, result: Mapping[str, Any], pair: tuple[int, int], fact
     axis.set_axisbelow(True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the result file and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ROOT / "benchmarks" / "results" / "h100" / "outlier_migration_methods.json"
-    parser.add_argument("--results", type=Path, default=default)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "migration_methods.svg")
-    args = parser.parse_args(arguments)
-    try:
-        result = json.loads(args.results.read_text(encoding="utf-8"))
-    except OSError as error:
-        print(f"{args.results}: {os.strerror(error.errno or 0)}; measure first: benchmarks/bench_migration_methods.py")
-        return 2
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
+def draw(result: Mapping[str, Any], out: Path) -> None:
+    """Write the picture of a result."""
     pairs = sorted({(row["low_bits"], row["high_bits"]) for row in result["rows"]})
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "m"}):
-        figure = Figure(figsize=(5 * len(pairs), 5.6), facecolor="white", layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(len(FACTS), len(pairs), squeeze=False)
+    with pictures.panels(out, (len(FACTS), len(pairs)), (5 * len(pairs), 5.6), {}) as (figure, axes):
         for row, fact in zip(axes, FACTS, strict=True):
             for axis, pair in zip(row, pairs, strict=True):
                 draw_panel(axis, result, pair, fact)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, metadata={"Date": None})
-    print(f"wrote {args.out}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the result file and write the picture."""
+    paths = pictures.RESULTS / "h100" / "outlier_migration_methods.json", pictures.IMAGES / "migration_methods.svg"
+    return pictures.run(__doc__, paths, "benchmarks/bench_migration_methods.py", draw, arguments)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ points. The same file gives the same picture.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import pictures
+
 PACKED = "calibrated slices, trained router per input"
 LINES = {
     PACKED: ("one packed model, routed", "#2b6cb0", "-"),
@@ -55,37 +53,21 @@ def draw_text(axis: Any, result: Mapping[str, Any], text: str) -> None:
     axis.set_axisbelow(True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the result file and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "h100" / "quality.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "quality_h100.svg")
-    args = parser.parse_args(arguments)
-    try:
-        result = json.loads(args.results.read_text(encoding="utf-8"))
-    except OSError as error:
-        print(
-            f"{args.results}: {os.strerror(error.errno or 0)}; measure first: benchmarks/bench_quality.py --calibrate"
-        )
-        return 2
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
+def draw(result: Mapping[str, Any], out: Path) -> None:
+    """Write the picture of a result."""
     texts = list(dict.fromkeys(row["text"] for row in result["rows"]))
-    styled = {"svg.hashsalt": "mobiquant", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context({**styled, "axes.edgecolor": GRID, "axes.titlelocation": "left"}):
-        figure = Figure(figsize=(3.6 * len(texts), 3.7), facecolor="white", layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(1, len(texts), squeeze=False)[0]
+    style = {"axes.edgecolor": GRID, "axes.titlelocation": "left"}
+    with pictures.panels(out, (1, len(texts)), (3.6 * len(texts), 3.7), style) as (figure, (axes,)):
         for axis, text in zip(axes, texts, strict=True):
             draw_text(axis, result, text)
         axes[0].set_ylabel("perplexity")
         figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, metadata={"Date": None})
-    print(f"wrote {args.out}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the result file and write the picture."""
+    paths = pictures.RESULTS / "h100" / "quality.json", pictures.IMAGES / "quality_h100.svg"
+    return pictures.run(__doc__, paths, "benchmarks/bench_quality.py --calibrate", draw, arguments)
 
 
 if __name__ == "__main__":
