@@ -36,7 +36,7 @@ class Dtypes:
             bias: None is that of x.
 
         Raises:
-            KeyError: another dtype, which kernels do not take.
+            KeyError: another dtype.
         """
         own = None if bias in (None, x) else _TRITON_NAMES[str(bias)]
         return cls(_TRITON_NAMES[str(x)], _TRITON_NAMES[str(scale)], own)
