@@ -27,12 +27,14 @@ from mobiquant_compiler.spec import KernelSpec
 from tests.gluon_values import AnyLayout, Memory, Pointer, Value, fence, raw, reads, run_ptx
 
 POISON = 0x5A
-HELPERS = ("operands", "batch_operands", "batch_copies", "batches")
+HELPERS = ("operands", "batch_operands", "batch_copies", "batches", "sorted_tiles")
 PATIENCE = 60.0  # seconds after which a wait is one for what never comes
 DTYPES = {
     "int8": torch.int8,
     "int32": torch.int32,
     "int64": torch.int64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "uint32": torch.int64,  # of what is never negative
     "uint64": torch.int64,
@@ -70,8 +72,13 @@ class Barrier:
 
     def __init__(self) -> None:
         self.expected, self.phase = 0, 0
+        self.count, self.arrived = 1, 0
         self.copies: list[tuple[Memory, Tensor]] = []
         self.changed = threading.Condition()
+
+    def init(self, count: int) -> None:
+        """Say how many arrivals end a phase."""
+        self.count = count
 
     def expect(self, size: int, pred: Any) -> None:
         """Announce bytes."""
@@ -88,11 +95,13 @@ class Barrier:
                 self.changed.notify_all()
 
     def arrive(self) -> None:
-        """End a phase that one arrival ends: what was read may be copied over."""
+        """Arrive; the last one ends the phase: what was read may be copied over."""
         assert not getattr(reads, "unfenced", False), "a copy may be faster than reads that are under way"
         with self.changed:
-            self.phase = 1 - self.phase
-            self.changed.notify_all()
+            self.arrived = (self.arrived + 1) % self.count
+            if self.arrived == 0:
+                self.phase = 1 - self.phase
+                self.changed.notify_all()
 
     def full(self) -> bool:
         """Say whether all bytes that were announced have been asked for."""
@@ -217,6 +226,10 @@ class Language:
         """Return zeros."""
         return Value(torch.zeros_like(value.data))
 
+    def full_like(self, value: Value, number: float) -> Value:
+        """Return one number many times."""
+        return Value(torch.full_like(value.data, number))
+
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory | Barriers:
         """Return poisoned memory, or barriers."""
         if layout == "barriers":
@@ -247,13 +260,17 @@ class Language:
     def inline_asm_elementwise(
         self, text: str, constraints: str, values: Any, *, dtype: Any, is_pure: bool, pack: int
     ) -> Any:
-        """Run PTX; with `pack` 4 a register holds four bytes that stand side by side."""
+        """Run PTX; a register holds `pack` values that stand side by side, four bytes or two numbers of 16 bits."""
         if "griddepcontrol" in text or "prefetch" in text:
             return None
         if dtype is torch.int8:  # four words of one register each become the four bytes of one
             words = values[0].data.reshape(-1, 4).int().numpy().view(np.uint32)
             (found,) = run_ptx(text, [words[:, place] for place in range(pack)], 1)
             return Value(torch.from_numpy(found.copy().view(np.int8)).view(values[0].data.shape))
+        if dtype in (torch.float16, torch.bfloat16):  # of two words of one register each
+            words = [v.data.reshape(-1, 2)[:, place].numpy() for v in values for place in range(2)]
+            (found,) = run_ptx(text, words, 1)
+            return Value(torch.from_numpy(found.view(np.int32).copy()).view(dtype).view(values[0].data.shape))
         several = isinstance(dtype, tuple)
         outputs = len(dtype) if several else 1
         assert len(constraints.split(",")) == outputs + len(values)
@@ -265,7 +282,7 @@ class Language:
         return results if several else results[0]
 
 
-def copy_box(source: Description, place: list[Any], barrier: Barrier, memory: Memory, pred: Any) -> None:
+def copy_box(source: Description, place: list[Any], barrier: Barrier, memory: Memory, pred: Any = True) -> None:
     """Ask for a copy of a box; a box that begins past the end is still one."""
     if pred:
         barrier.copy(source.read([int(raw(at)) for at in place]), memory, pred)
@@ -275,8 +292,8 @@ def barriers() -> SimpleNamespace:
     """Return the stand-in for `hopper.mbarrier`."""
     return SimpleNamespace(
         MBarrierLayout=lambda: "barriers",
-        init=lambda barrier, count: None,
-        expect=lambda barrier, size, pred: barrier.expect(size, pred),
+        init=lambda barrier, count: barrier.init(count),
+        expect=lambda barrier, size, pred=True: barrier.expect(size, pred),
         wait=lambda barrier, phase, pred=True: barrier.wait(phase, pred),
         arrive=lambda barrier, count: barrier.arrive(),
         invalidate=lambda barrier: barrier.invalidate(),
@@ -299,33 +316,38 @@ def _executed(text: str, names: dict[str, Any]) -> dict[str, Any]:
     return scope
 
 
-def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
-    text, folder = specialise.specialise(spec), Path(specialise.__file__).parent
+def helpers(program: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Return what a kernel imports, as plain Python: the language, and our modules of jitted functions."""
 
     def jit(function: Any = None, **options: Any) -> Any:
         return function if callable(function) else lambda decorated: decorated
+
+    names: dict[str, Any] = {
+        "gl": Language(program),
+        "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
+        "warpgroup_mma": product,
+        "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0] if len(deps) == 1 else deps,
+        "tma": SimpleNamespace(async_copy_global_to_shared=copy_box),
+        "mbarrier": barriers(),
+        "fence_async_shared": fence,
+        "gdc_wait": lambda: None,
+        "gdc_launch_dependents": lambda: None,
+    }
+    for module in HELPERS:
+        text = (Path(specialise.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+        names[module] = SimpleNamespace(**_executed(text, names))
+    return names
+
+
+def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
+    text = specialise.specialise(spec)
 
     def scalars(stop: Any) -> Iterator[Value]:
         return (Value(torch.tensor(number)) for number in range(int(operator.index(stop))))
 
     for program in np.ndindex(*grid):
-        language = Language(program)
-        names = {
-            "gl": language,
-            "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
-            "warpgroup_mma": product,
-            "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0] if len(deps) == 1 else deps,
-            "tma": SimpleNamespace(async_copy_global_to_shared=copy_box),
-            "mbarrier": barriers(),
-            "fence_async_shared": fence,
-            "gdc_wait": lambda: None,
-            "gdc_launch_dependents": lambda: None,
-        }
-        for module in HELPERS:
-            functions = _executed((folder / f"{module}.py").read_text(encoding="utf-8"), names)
-            names[module] = SimpleNamespace(**functions)
-        scope = _executed(text, names | {"range": scalars})
+        scope = _executed(text, helpers(program) | {"range": scalars})
         kernel = scope[str(spec.family)]
         wanted = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
         kernel(**{name: _argument(name, spec, arguments) for name in wanted})

@@ -23,10 +23,58 @@ def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarra
         name, rest = statement.strip().split(" ", 1)
         target, *sources = (part.strip() for part in rest.split(","))
         values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        assert name in ("prmt.b32", "mov.b32"), f"{name} is not known here"
-        result = values[0] if name == "mov.b32" else _permuted(values[0], values[1], int(sources[2], 0))
-        registers[target] = np.asarray(result, dtype=np.uint32)
+        registers[target] = np.asarray(_result(name, values), dtype=np.uint32)
     return [registers[f"${number}"] for number in range(outputs)]
+
+
+def _result(name: str, values: list[Any]) -> np.ndarray:
+    """Return what an instruction computes."""
+    if name == "mov.b32":
+        return values[0]
+    if name == "prmt.b32":
+        return _permuted(values[0], values[1], int(values[2]))
+    if name == "lop3.b32":
+        return _looked_up(*(np.asarray(value).astype(np.uint32) for value in values[:3]), int(values[3]))
+    operation, kind = re.sub(r"\.(b?f16)x2(\.f32)?", "", name), re.search(r"b?f16", name)
+    assert kind is not None, f"{name} is not known here"
+    bits, least = {"bf16": (8, -133), "f16": (11, -24)}[kind[0]]
+    if operation == "cvt.rn":
+        both = [rounded(value.astype(np.float64), bits, least) for value in values]
+        return _encoded(both[1], kind[0]) | _encoded(both[0], kind[0]) << np.uint32(16)
+    assert operation == "fma.rn", f"{name} is not known here"
+    halves = []
+    for shift in (0, 16):
+        a, b, c = (_decoded(np.asarray(v).astype(np.uint32) >> np.uint32(shift), kind[0]) for v in values)
+        halves.append(_encoded(rounded(a * b + c, bits, least), kind[0]))
+    return halves[0] | halves[1] << np.uint32(16)
+
+
+def rounded(value: np.ndarray, bits: int, least: int) -> np.ndarray:
+    """Round float64 to the nearest number of so many bits, ties to even; the last bit is at least ``2**least``."""
+    quantum = np.exp2(np.maximum(np.frexp(value)[1] - bits, least).astype(np.float64))
+    return np.rint(value / quantum) * quantum
+
+
+def _decoded(halves: np.ndarray, kind: str) -> np.ndarray:
+    low = (halves & np.uint32(0xFFFF)).astype(np.uint32)
+    if kind == "bf16":
+        return (low << np.uint32(16)).view(np.float32).astype(np.float64)
+    return low.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def _encoded(values: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bf16":
+        return values.astype(np.float32).view(np.uint32) >> np.uint32(16)
+    return values.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _looked_up(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
+    """Combine bits by a table of eight, as `lop3` does."""
+    found = np.zeros_like(a | b | c)
+    for row in range(8):
+        if table >> row & 1:
+            found |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return found
 
 
 def _permuted(low: np.ndarray, high: np.ndarray, selector: int) -> np.ndarray:
@@ -129,6 +177,11 @@ class Memory:
     def shape(self) -> list[int]:
         """Extents."""
         return list(self.data.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its elements."""
+        return self.data.dtype
 
     def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         """Return a part."""

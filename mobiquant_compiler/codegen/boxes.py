@@ -12,7 +12,7 @@ from torch import Tensor
 from mobiquant_compiler.spec import Activation, KernelSpec
 
 # Parts of BLOCK_M that tiles of sliced_wgmma have; a box is as many tokens by 64 columns, 128 bytes.
-_HALVINGS = {"x_desc": 0, "x_half_desc": 1, "x_quarter_desc": 2}
+_HALVINGS = {"x_desc": 0, "x_half_desc": 1}
 _X_COLUMNS = 64
 
 

@@ -102,11 +102,12 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.SLICED_MMA, TokenClass.MANY): (Tile(32, 32, 32, 8, 255, row_tiles=2),),
     # Four runs of 1024 columns: a lane has four octets, whose loads are in flight together.
     (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
-    (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(2, 1, 1024, 4),),
+    (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(1, 1, 2048, 4),),
 }
-# Tiles of sliced_wgmma: of two warpgroups, and of one for calls with too few of those for all multiprocessors.
-_WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 8), Tile(128, 64, 1, 4)
-_WGMMA_STAGES = 3
+# Tiles of sliced_wgmma: of two warpgroups, and of one for calls with too few of those for all multiprocessors, of which
+# two programs share the registers.
+_WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 64, 1, 4, 128)
+_WGMMA_STAGES = 4
 # Programs that an H100 runs at a time, and how long they take: 4096 columns of two slices, in microseconds.
 _WGMMA_WAVE, _WGMMA_SMALL_WAVE = (132, 49.0), (264, 38.5)
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
@@ -118,7 +119,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
-    - sliced_wgmma: stages of 128 columns of activations, or the tile of outputs on its way out; barriers.
+    - sliced_wgmma: stages of 64 columns of activations, the tile of outputs on its way out, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
     if spec.family is Family.SLICED_MMA:
@@ -128,7 +129,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if spec.family is Family.BATCH_WGMMA:
         return _batch_bytes(spec)
     if spec.family is Family.SLICED_WGMMA:
-        return 2 * spec.block_m * max(128 * spec.num_stages, spec.block_n) + 1024
+        return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + 1024
     return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
 
 
@@ -320,6 +321,8 @@ def wgmma_spec(
         block_w=1 << max(0, across.bit_length() - 1),
         num_warps=tile.num_warps,
         num_stages=_WGMMA_STAGES,
+        consumers=tile.block_n // 64,
         row_unit=row_unit,
+        max_registers=tile.max_registers,
     )
     return choose((spec,), target)

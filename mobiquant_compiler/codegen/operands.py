@@ -6,6 +6,8 @@ summed is free, so activations are brought into the order in which lanes load wo
 stands at which place; `gather_tokens` writes activations so.
 """
 
+import struct
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -44,54 +46,81 @@ def is_wide(count):
 
 
 @gluon.constexpr_function
-def offset_of(count):
-    """Return the power of two that `as_float` adds to a code."""
-    return 8388608.0 if is_wide(count) else 128.0
-
-
-@gluon.constexpr_function
 def power_of(count):
     """Return the power of two by which the step of `count` slices is smaller than the base step."""
     return 1 << (2 * count - 2)
 
 
 @gluon.constexpr_function
-def float_assembly(byte, count):
-    """Return the instruction that puts byte `byte` of a word into the mantissa of `offset_of(count)`."""
-    # 0x4B0000QQ is 2**23 + Q; 0x43QQ0000 is 2**7 + Q, for codes of seven bits at most.
-    selector = 0x4550 + byte if is_wide(count) else 0x4055 + 256 * byte
-    return f"prmt.b32 $0, $1, $2, {selector};"
+def base_of(dtype):
+    """Return the power of two that has room for integers in the mantissa: 2**7 of bfloat16, 2**10 of float16."""
+    return 128 if dtype == gl.bfloat16 else 1024
+
+
+@gluon.constexpr_function
+def in_halves(count, dtype):
+    """Say whether codes of `count` slices come as two fields of four bits, as bfloat16 has no room for eight."""
+    return count == 4 and dtype == gl.bfloat16
+
+
+@gluon.constexpr_function
+def middle_of(count):
+    """Return the integer that is subtracted from a code, exactly, before it is scaled: half of what codes span."""
+    return 136 if count == 4 else 1 << (2 * count - 1)
+
+
+@gluon.constexpr_function
+def packed_pair(value, dtype):
+    """Return two copies of a number that a dtype of 16 bits has exactly, as int32."""
+    bits = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
+    if dtype != gl.bfloat16:
+        bits = struct.unpack("<H", struct.pack("<e", value))[0]
+    both = bits << 16 | bits
+    return both - (1 << 32) if both >> 31 else both
+
+
+@gluon.constexpr_function
+def assembly(name, dtype):
+    """Return an instruction on pairs of numbers of a dtype."""
+    return name.replace("16x2", "bf16x2" if dtype == gl.bfloat16 else "f16x2")
+
+
+@gluon.constexpr_function
+def select_assembly(mask):
+    """Return the instruction that takes bits of its first or of its second argument."""
+    return f"lop3.b32 $0, $1, {mask}, $2, 0xE2;"
 
 
 @gluon.jit
-def exponent_of(n_rows, like, COUNT: gl.constexpr):
-    """Return the top byte of `offset_of(COUNT)` for `as_float`, int32 in the layout of `like`.
+def exponents_of(first_row, n_rows, DTYPE: gl.constexpr, WARPS: gl.constexpr):
+    """Return the upper byte of ``base_of(DTYPE)``, four times, for `pair_of`: int32 [rows, 4].
 
-    It depends, as far as the compiler can see, on `n_rows` (never negative): of two constants `prmt` takes the wrong
-    one from a register, and copies it there each time.
+    It depends, as far as the compiler can see, on the row (never negative): of a constant and a selector `prmt` takes
+    the selector from a register, and of a number that all lanes share as well, and copies it there each time.
     """
-    BYTE: gl.constexpr = 0x4B if COUNT == 4 else 0x43
-    return gl.zeros_like(like) + ((n_rows >> 31) ^ BYTE)
+    LAYOUT: gl.constexpr = word_layout(4, WARPS)
+    BYTES: gl.constexpr = 0x43434343 if gl.bfloat16 == DTYPE else 0x64646464
+    row = gl.minimum(first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, LAYOUT)), n_rows - 1)
+    return ((row >> 31) ^ BYTES)[:, None] + gl.zeros([16 * WARPS, 4], gl.int32, LAYOUT)
 
 
 @gluon.jit
-def as_float(codes, exponent, BYTE: gl.constexpr, COUNT: gl.constexpr):
-    """Return ``offset_of(COUNT) + code`` of byte BYTE of each word, float32, exactly; one instruction."""
-    return gl.inline_asm_elementwise(
-        float_assembly(BYTE, COUNT), "=f,r,r", [codes, exponent], dtype=gl.float32, is_pure=True, pack=1
-    )
+def chosen(ones, zeros, MASK: gl.constexpr):
+    """Return the bits of `ones` where MASK has ones, and those of `zeros` elsewhere; one instruction, not two."""
+    SELECT: gl.constexpr = select_assembly(MASK)
+    return gl.inline_asm_elementwise(SELECT, "=r,r,r", [ones, zeros], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def even_pairs(above, below):
     """Join fields of two bits of two words to fields of four, at places 0 and 2 of each byte."""
-    return ((above << 2) & -0x33333334) | (below & 0x33333333)
+    return chosen(below, above << 2, 0x33333333)
 
 
 @gluon.jit
 def odd_pairs(above, below):
     """Join fields of two bits of two words to fields of four, at places 1 and 3 of each byte."""
-    return (above & -0x33333334) | ((below >> 2) & 0x33333333)
+    return chosen(below >> 2, above, 0x33333333)
 
 
 @gluon.jit
@@ -130,41 +159,90 @@ def join_words(words, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def weight_of(codes, exponent, step, centre, BYTE: gl.constexpr, COUNT: gl.constexpr):
-    """Return ``s_c (Q_c - Z_c)`` of byte BYTE of each word in float32, given ``centre_of(Z_c)``."""
-    value = as_float(codes, exponent, BYTE, COUNT)
-    if is_wide(COUNT):
-        value = value - offset_of(COUNT)
-    return (value - centre) * step
+def join_fields(words, COUNT: gl.constexpr, DTYPE: gl.constexpr):
+    """Combine a word of each of COUNT slices: for each place in the byte words of four codes, or of their halves."""
+    if in_halves(COUNT, DTYPE):
+        high = join_words(words[:2], 2)
+        low = join_words(words[2:], 2)
+        fields = ((high[0], low[0]), (high[1], low[1]), (high[2], low[2]), (high[3], low[3]))
+    else:
+        codes = join_words(words, COUNT)
+        fields = ((codes[0],), (codes[1],), (codes[2],), (codes[3],))
+    return fields
 
 
 @gluon.jit
-def centre_of(zero, COUNT: gl.constexpr):
-    """Return what `weight_of` subtracts from a code: Z_c, and what `as_float` added where that loses nothing.
+def pair_of(codes, exponent, PAIR: gl.constexpr, MIDDLE: gl.constexpr, SHRINK: gl.constexpr, DTYPE: gl.constexpr):
+    """Return ``(code - MIDDLE) SHRINK`` of bytes 2 PAIR and 2 PAIR + 1 of each word, exactly, two numbers an int32."""
+    BYTES: gl.constexpr = "prmt.b32 $0, $1, $2, 0x4140;" if PAIR == 0 else "prmt.b32 $0, $1, $2, 0x4342;"
+    raised = gl.inline_asm_elementwise(BYTES, "=r,r,r", [codes, exponent], dtype=gl.int32, is_pure=True, pack=1)
+    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $2, $3;", DTYPE)
+    factor = gl.full_like(codes, packed_pair(SHRINK, DTYPE))
+    shift = gl.full_like(codes, packed_pair(-(base_of(DTYPE) + MIDDLE) * SHRINK, DTYPE))
+    return gl.inline_asm_elementwise(FMA, "=r,r,r,r", [raised, factor, shift], dtype=gl.int32, is_pure=True, pack=1)
 
-    Numerics: ``2**7 + Z_c`` keeps bits down to 2**-16: a float16 zero point of 2**-6 or more is subtracted exactly, a
-    smaller one to 2**-17 of a step, far below the rounding to bfloat16. At ``2**23`` nothing would be left, so there
-    the two are subtracted one after the other.
+
+@gluon.jit
+def scaled(pair, size, shift, DTYPE: gl.constexpr):
+    """Return ``pair size + shift``, rounded once: int32 [R, 4] of two numbers each -> DTYPE [R, 4, 2]."""
+    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $3, $5;", DTYPE)
+    args = [gl.join(pair, pair), gl.join(size, size), gl.join(shift, shift)]
+    if gl.bfloat16 == DTYPE:
+        both = gl.inline_asm_elementwise(FMA, "=r,r,r,r,r,r,r", args, dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        both = gl.inline_asm_elementwise(FMA, "=r,r,r,r,r,r,r", args, dtype=gl.float16, is_pure=True, pack=2)
+    return both
+
+
+@gluon.jit
+def added(pair, size, shift, DTYPE: gl.constexpr):
+    """Return ``pair size + shift``, rounded once, two numbers an int32."""
+    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $2, $3;", DTYPE)
+    return gl.inline_asm_elementwise(FMA, "=r,r,r,r", [pair, size, shift], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def weights_of(fields, exponent, grid, PAIR: gl.constexpr, COUNT: gl.constexpr, DTYPE: gl.constexpr):
+    """Return the weights of bytes 2 PAIR and 2 PAIR + 1 of each word, DTYPE [R, 4, 2]."""
+    SHRINK: gl.constexpr = 1.0 / power_of(COUNT)
+    size, shift = grid
+    if in_halves(COUNT, DTYPE):
+        shift = added(pair_of(fields[1], exponent, PAIR, 8, SHRINK, DTYPE), size, shift, DTYPE)
+        pair = pair_of(fields[0], exponent, PAIR, 8, 16 * SHRINK, DTYPE)
+    else:
+        pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), SHRINK, DTYPE)
+    return scaled(pair, size, shift, DTYPE)
+
+
+@gluon.jit
+def in_pairs(value, DTYPE: gl.constexpr):
+    """Round float32 to DTYPE and return it twice, as int32."""
+    TWICE: gl.constexpr = assembly("cvt.rn.16x2.f32 $0, $1, $1;", DTYPE)
+    return gl.inline_asm_elementwise(TWICE, "=r,f", [value], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def grid_of(scale, zero, COUNT: gl.constexpr, DTYPE: gl.constexpr):
+    """Return what `operand` takes of a group: scale, and what is added to ``(code - middle_of) scale``, in pairs.
+
+    Numerics: both are rounded to DTYPE. The second is small, since zero points lie about the middle of the codes.
     """
-    power: gl.constexpr = power_of(COUNT)
-    shift: gl.constexpr = (power - 1) / 2 + (0.0 if is_wide(COUNT) else offset_of(COUNT))
-    return zero * power + shift
+    POWER: gl.constexpr = power_of(COUNT)
+    size = scale.to(gl.float32)
+    centre = gl.fma(zero.to(gl.float32), 1.0 * POWER, 0.5 * POWER - 0.5)
+    return in_pairs(size, DTYPE), in_pairs((middle_of(COUNT) - centre) * (size * (1.0 / POWER)), DTYPE)
 
 
 @gluon.jit
-def operand(codes, exponent, step, centre, LAYOUT: gl.constexpr, COUNT: gl.constexpr, DTYPE: gl.constexpr):
+def operand(fields, exponent, grid, LAYOUT: gl.constexpr, COUNT: gl.constexpr, DTYPE: gl.constexpr):
     """Return weights of 16 columns as operand A, DTYPE [rows, 16], from four codes a lane; no value changes lanes.
 
-    Shapes: codes int32 [rows, 4], one word of a quad's lane; exponent, step and centre the same.
+    Shapes: fields int32 [rows, 4], one word of a quad's lane; exponent and the two of `grid_of` the same.
     """
-    first = gl.join(
-        weight_of(codes, exponent, step, centre, 0, COUNT), weight_of(codes, exponent, step, centre, 1, COUNT)
-    )
-    second = gl.join(
-        weight_of(codes, exponent, step, centre, 2, COUNT), weight_of(codes, exponent, step, centre, 3, COUNT)
-    )
-    octet = gl.join(first.to(DTYPE), second.to(DTYPE))  # [rows, t, b, h]
-    columns = gl.reshape(gl.permute(octet, (0, 3, 1, 2)), [codes.shape[0], 16])
+    first = weights_of(fields, exponent, grid, 0, COUNT, DTYPE)
+    second = weights_of(fields, exponent, grid, 1, COUNT, DTYPE)
+    octet = gl.join(first, second)  # [rows, t, b, h]
+    columns = gl.reshape(gl.permute(octet, (0, 3, 1, 2)), [first.shape[0], 16])
     return gl.convert_layout(columns, LAYOUT, assert_trivial=True)
 
 

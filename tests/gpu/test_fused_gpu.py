@@ -11,13 +11,12 @@ from torch import Tensor
 from mobiquant_compiler import warming, wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel
-from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import Prefill, SliceSpec
 from tests import waiting
 from tests.kernel_cases import Case, random_case, spec_id
+from tests.rounded_weights import unpacked_weights
 from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
 
 pytestmark = [
@@ -41,10 +40,10 @@ def with_rounded_weights(case: Case) -> Tensor:
     """Return the products in float64 of activations and weights rounded to their dtype, with bias."""
     y = torch.empty(case.x.shape[0], case.scale.shape[0], dtype=torch.float64, device="cuda")
     for count in range(1, case.spec.num_slices + 1):
-        codes = unpack(case.slices, case.spec, count)
-        weight = reconstruct(codes, case.scale.float(), case.zero.float(), case.spec, count).to(case.x.dtype)
+        packed = (case.slices.cpu(), case.scale.cpu(), case.zero.cpu())
+        weight = unpacked_weights(*packed, case.spec, count, case.x).cuda()
         here = case.counts == count
-        y[here] = case.x[here].double() @ weight[:, : case.x.shape[1]].double().t()
+        y[here] = case.x[here].double() @ weight[:, : case.x.shape[1]].t()
     return y if case.bias is None else y + case.bias.double()
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mobiquant_compiler.codegen.configs import Target, wgmma_spec
 from mobiquant_compiler.kernels import gather_kernel
-from mobiquant_compiler.packing import unpack
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import KernelSpec, SliceSpec
 from tests import gluon_emulation
 from tests.kernel_cases import Case, random_case
+from tests.rounded_weights import unpacked_weights
 
 SPEC = SliceSpec()
 H100 = Target.of(90)
@@ -47,10 +46,9 @@ def check(y: Tensor, case: Case) -> None:
     """Compare with weights rounded alike: what is left is the order of sums and one rounding of the output."""
     wanted = torch.empty(y.shape, dtype=torch.float64)
     for count in range(1, case.spec.num_slices + 1):
-        codes = unpack(case.slices, case.spec, count)
-        weight = reconstruct(codes, case.scale.float(), case.zero.float(), case.spec, count).to(case.x.dtype)
+        weight = unpacked_weights(case.slices, case.scale, case.zero, case.spec, count, case.x)
         here = case.counts == count
-        wanted[here] = case.x[here].double() @ weight[:, : case.x.shape[1]].double().t()
+        wanted[here] = case.x[here].double() @ weight[:, : case.x.shape[1]].t()
     wanted += 0 if case.bias is None else case.bias.double()
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[case.x.dtype]
     torch.testing.assert_close(y.double(), wanted, rtol=1.01 * rounding, atol=2e-4)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ pytest.importorskip("triton.experimental.gluon")
 
 from mobiquant_compiler.codegen import operands
 from mobiquant_compiler.packing import pack, unit_views
-from mobiquant_compiler.slices import affine_at
 from mobiquant_compiler.spec import SliceSpec
+from tests import gluon_emulation
+from tests.gluon_values import Value, run_ptx
+from tests.rounded_weights import weights_of
 
 LANES = range(32)
 
@@ -39,6 +41,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jitted functions be called on integers and tensors."""
     for name in ("even_pairs", "odd_pairs", "join_words"):
         monkeypatch.setattr(operands, name, getattr(operands, name).fn)
+    monkeypatch.setattr(operands, "chosen", lambda ones, zeros, mask: (ones & mask) | (zeros & ~mask))
     monkeypatch.setattr(operands, "gl", SimpleNamespace(static_assert=lambda *args: None))
 
 
@@ -89,46 +92,44 @@ def test_every_field_is_the_one_that_packing_put_there(count: int) -> None:
                             assert code == wanted[row, 128 * step + column]
 
 
+@pytest.mark.parametrize("mask", [0x33333333, 0, 0x7FFF0001])
+def test_bits_are_chosen_by_one_instruction(mask: int) -> None:
+    ones, zeros = torch.randint(-(2**31), 2**31, (2, 64), generator=torch.Generator().manual_seed(1)).int()
+    (found,) = run_ptx(operands.select_assembly(mask), [ones.numpy(), zeros.numpy()], 1)
+    assert torch.equal(torch.from_numpy(found.view(np.int32)), (ones & mask) | (zeros & ~mask))
+
+
+def operand_of(codes: Tensor, scale: Tensor, zero: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return the weights of [rows, 4, 4] codes by the text of the kernel; scale and zero are [rows, 4]."""
+    names = gluon_emulation.helpers()
+    kernel, given = names["operands"], lambda value: Value(value.contiguous())
+    words = codes.to(torch.uint8).view(torch.int32).squeeze(-1)
+    if kernel.in_halves(count, dtype):
+        fields = (given(words >> 4 & 0x0F0F0F0F), given(words & 0x0F0F0F0F))
+    else:
+        fields = (given(words),)
+    exponent = kernel.exponents_of(0, len(codes), dtype, len(codes) // 16)
+    grid = kernel.grid_of(given(scale), given(zero), count, dtype)
+    columns = kernel.operand(fields, exponent, grid, None, count, dtype).data  # [rows, (h, t, b)]
+    return columns.view(-1, 2, 4, 2).permute(0, 2, 1, 3).reshape(-1, 4, 4).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_bytes_become_floats(count: int) -> None:
-    """What `prmt` puts together is the offset plus the code, for every code."""
-    for byte in range(4):
-        found = re.fullmatch(r"prmt\.b32 \$0, \$1, \$2, (\d+);", operands.float_assembly(byte, count))
-        assert found is not None
-        selectors = [int(found[1]) >> 4 * place & 15 for place in range(4)]
-        for code in range(1 << 2 * count):
-            exponent = 0x4B if count == 4 else 0x43
-            source = [0] * 4 + [exponent, 0, 0, 0]
-            source[byte] = code
-            source[(byte + 1) % 4] = 0xAB  # a neighbour that must not come along
-            bits = sum(source[selector] << 8 * place for place, selector in enumerate(selectors))
-            value = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
-            assert float(value) == operands.offset_of(count) + code
-
-
-def weights_at(codes: Tensor, scale: Tensor, zero: Tensor, count: int) -> Tensor:
-    """Return what the kernel computes in float32, operation by operation (`weight_of`, `centre_of`)."""
-    power = operands.power_of(count)
-    wide = operands.is_wide(count)
-    centre = zero * power + ((power - 1) / 2 + (0.0 if wide else operands.offset_of(count)))
-    value = codes.float() + operands.offset_of(count)
-    if wide:
-        value = value - operands.offset_of(count)
-    return (value - centre) * (scale * (1.0 / power))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_arithmetic_is_that_of_the_reference(count: int) -> None:
-    """Bit for bit with float16 zero points of at least 2**-6, whatever their sign; close to it with any others."""
-    spec = SliceSpec((2, 2, 2, 2), 128)
+def test_weights_are_codes_less_their_middle_times_the_scale(count: int, dtype: torch.dtype) -> None:
+    """Every code, to the last bit; and close to the exact weight, as the roundings allow that there are."""
     g = torch.Generator().manual_seed(count)
-    codes = torch.arange(1 << 2 * count).expand(4096, -1)
-    scale = torch.rand(4096, 1, generator=g).half().float() + 2**-14
-    sign = torch.randint(0, 2, (4096, 1), generator=g) * 2 - 1
-    zero = ((2**-6 + 4 * torch.rand(4096, 1, generator=g)) * sign).half().float()
-    step, centre = affine_at(scale, zero, spec, count)
-    assert torch.equal(weights_at(codes, scale, zero, count), (codes.float() - centre) * step)
-    for small in (zero * 2**-8, torch.rand(4096, 1, generator=g)):
-        step, centre = affine_at(scale, small, spec, count)
-        error = (weights_at(codes, scale, small, count) - (codes.float() - centre) * step).abs()
-        assert bool((error <= step * 2**-16).all())
+    codes = torch.arange(1 << 2 * count).repeat(1024)[:1024].view(64, 4, 4)
+    scale = torch.rand(64, 4, generator=g).half() + 2**-10
+    zero = (1.5 + 2 * torch.rand(64, 4, generator=g) - 1).half()
+    found = operand_of(codes, scale, zero, count, dtype)
+    grid = (scale[..., None], zero[..., None])
+    assert torch.equal(found, weights_of(codes, *grid, count, dtype))
+    power = 4.0 ** (count - 1)
+    step, centre = grid[0].double() / power, grid[1].double() * power + (power - 1) / 2
+    exact = (codes - centre) * step
+    middle = 136 if count == 4 else 2 ** (2 * count - 1)
+    unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    terms = (codes - middle).abs() + (middle - centre).abs() + (8 if count == 4 else 0)
+    assert bool(((found - exact).abs() <= 1.02 * unit * (exact.abs() + terms * step) + 2.0**-25).all())
+    assert bool((found - exact).norm() <= unit * exact.norm()), "on average no more than one rounding may be off"

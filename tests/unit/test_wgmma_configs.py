@@ -21,10 +21,10 @@ def test_both_tiles_fit_a_hopper(widths: tuple[int, ...], k: int, group: int) ->
         spec = wgmma_spec(SliceSpec(widths, group), k, H100, small=small, row_unit=8, has_bias=True)
         assert fits(spec, H100)
         assert spec.k == SliceSpec(widths, group).padded(k)
-        assert spec.block_n == 16 * spec.num_warps, "a warp has sixteen rows"
+        assert spec.block_n == 16 * spec.num_warps * spec.consumers, "a warp has sixteen rows"
         specialise.specialise(spec)
-        boxes_of = [boxes.box_of(name, spec).shape[0] for name in ("x_desc", "x_half_desc", "x_quarter_desc")]
-        assert boxes_of == [spec.block_m, spec.block_m // 2, spec.block_m // 4]
+        boxes_of = [boxes.box_of(name, spec).shape[0] for name in ("x_desc", "x_half_desc")]
+        assert boxes_of == [spec.block_m, spec.block_m // 2]
 
 
 def test_two_small_tiles_share_a_multiprocessor() -> None:
