@@ -6,8 +6,6 @@ summed is free, so activations are brought into the order in which lanes load wo
 stands at which place; `gather_tokens` writes activations so.
 """
 
-import struct
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -71,12 +69,16 @@ def middle_of(count):
 
 @gluon.constexpr_function
 def packed_pair(value, dtype):
-    """Return two copies of a number that a dtype of 16 bits has exactly, as int32."""
-    bits = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
-    if dtype != gl.bfloat16:
-        bits = struct.unpack("<H", struct.pack("<e", value))[0]
+    """Return two copies of a number, not 0 and one that a dtype of 16 bits has exactly, as int32."""
+    mantissa, bias = (7, 127) if dtype == gl.bfloat16 else (10, 15)
+    size, exponent = abs(value), 0
+    while size >= 2:
+        size, exponent = size / 2, exponent + 1
+    while size < 1:
+        size, exponent = size * 2, exponent - 1
+    bits = (value < 0) << 15 | (exponent + bias) << mantissa | int((size - 1) * 2**mantissa)
     both = bits << 16 | bits
-    return both - (1 << 32) if both >> 31 else both
+    return both - (1 << 32) if value < 0 else both
 
 
 @gluon.constexpr_function

@@ -99,6 +99,14 @@ def test_bits_are_chosen_by_one_instruction(mask: int) -> None:
     assert torch.equal(torch.from_numpy(found.view(np.int32)), (ones & mask) | (zeros & ~mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constants_of_two_halves(dtype: torch.dtype) -> None:
+    kernel = gluon_emulation.helpers()["operands"]
+    for value in (1.0, 2.0**-6, 0.25, -130.0, -34.0, -2.125, -1.984375):
+        both = torch.tensor([kernel.packed_pair(value, dtype)], dtype=torch.int32)
+        assert both.view(dtype).tolist() == [value, value]
+
+
 def operand_of(codes: Tensor, scale: Tensor, zero: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Return the weights of [rows, 4, 4] codes by the text of the kernel; scale and zero are [rows, 4]."""
     names = gluon_emulation.helpers()
