@@ -13,8 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 @gluon.constexpr_function
 def pairs_of(who, consumers, pairs):
     """Return how many pairs of groups the chains of a consumer have."""
-    each = 8 // consumers
-    return sum(len(range(chain, pairs, 8)) for chain in range(who * each, (who + 1) * each))
+    return sum(len(range(chain, pairs, 8)) for chain in range(who, 8, consumers))
 
 
 @gluon.constexpr_function
@@ -24,9 +23,9 @@ def stage_bytes(count, totals, group, planes, tokens, rows):
 
 
 @gluon.jit
-def next_pair(pair, PAIRS: gl.constexpr):
-    """Return the pair of groups after this one: the next of its chain, or the first of the next chain."""
-    return gl.where(pair + 8 >= PAIRS, pair % 8 + 1, pair + 8)
+def next_pair(pair, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Return the pair of groups after this one: the next of its chain, or the first of the consumer's next chain."""
+    return gl.where(pair + 8 >= PAIRS, pair % 8 + CONSUMERS, pair + 8)
 
 
 @gluon.jit
@@ -105,7 +104,7 @@ def produce(
     PAIRS: gl.constexpr = (GROUPS + 1) // 2
     prefetch_rows(scale_ptr, place, GROUPS, ROWS)
     prefetch_rows(zero_ptr, place, GROUPS, ROWS)
-    pairs = (gl.to_tensor(0), gl.to_tensor(4))
+    pairs = (gl.to_tensor(0), gl.to_tensor(1))
     for it in range(pairs_of(0, CONSUMERS, PAIRS)):
         following = ()
         for who in gl.static_range(CONSUMERS):
@@ -113,7 +112,7 @@ def produce(
             wanted = it < pairs_of(who, CONSUMERS, PAIRS)
             mbarrier.wait(empty.index(slot), ((it // NUM_STAGES) & 1) ^ 1, pred=wanted)
             copy_pair(descs, stages, ready, slot, pairs[who], place, wanted, COUNT, GROUP, PLANES, TOKENS, ROWS)
-            following = following + (next_pair(pairs[who], PAIRS),)
+            following = following + (next_pair(pairs[who], PAIRS, CONSUMERS),)
         if CONSUMERS == 1:
             following = following + (pairs[1],)
         pairs = following

@@ -1,7 +1,7 @@
 """Blocks of tokens by integer products of warpgroups: one warp copies, one or two warpgroups multiply (Gluon, sm_90).
 
 A program has 64 output rows of one weight and 16 to 64 tokens. Pairs of groups are dealt to eight chains and chains are
-summed as `chains` does: a token gets the same bits as from `sliced_mma`. Of two consumers each has four chains.
+summed as `chains` does: a token gets the same bits as from `sliced_mma`. Of two consumers each has every other chain.
 
 Names are those of `batch_copies`.
 """
@@ -187,18 +187,18 @@ def consume(
     CONSUMERS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
-    """Sum a consumer's chains as `fragments.sum_neighbours` would, and leave the sum in its last level.
+    """Sum a consumer's chains and leave the sums in levels: a single consumer as `fragments.sum_neighbours` would.
 
-    memory is (stages, levels, ready, empty); levels are room for sums of one chain, of two, and where there is but one
-    consumer of four. given is (pointers to counts, scales and zero points, tokens in all, place).
+    Of two consumers one has the even chains and one the odd ones: what they read at a time lies side by side.
+
+    memory is (stages, levels, ready, empty); levels are room for sums of one chain, of two and of four, or, where there
+    are two consumers, of every chain. given is (pointers to counts, scales and zero points, tokens in all, place).
     """
     stages, levels, ready, empty = memory
     counts_ptr, scale_ptr, zero_ptr, tokens, place = given
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, TOKENS, 32])
     GROUPS: gl.constexpr = K_PADDED // GROUP
     PAIRS: gl.constexpr = (GROUPS + 1) // 2
-    EACH: gl.constexpr = 8 // CONSUMERS
-    DEPTH: gl.constexpr = 4 - CONSUMERS
     first, first_row, n_rows, _ = place
     row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)), n_rows - 1)
     group_at = row.to(gl.int64) * GROUPS
@@ -206,14 +206,15 @@ def consume(
     if not ALIKE:
         counts = grows_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
     it = gl.to_tensor(0)
-    pair = gl.to_tensor(WHO * EACH)
+    pair = gl.to_tensor(WHO)
     scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
-    for chain in range(WHO * EACH, (WHO + 1) * EACH):
+    for index in range(8 // CONSUMERS):
+        chain = CONSUMERS * index + WHO
         sums = gl.zeros([ROWS, TOKENS], gl.float32, PRODUCT)
         for _step in range((PAIRS + 7 - chain) // 8):
             slot = WHO * NUM_STAGES + it % NUM_STAGES
             these = scales
-            pair = batch_copies.next_pair(pair, PAIRS)
+            pair = batch_copies.next_pair(pair, PAIRS, CONSUMERS)
             scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
             mbarrier.wait(ready.index(slot), (it // NUM_STAGES) & 1)
             sums = multiply_pair(sums, stages, slot, these, counts, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
@@ -222,15 +223,24 @@ def consume(
             fence_async_shared()
             mbarrier.arrive(empty.index(slot), count=1)
             it += 1
-        if chain % 2 == 1:
-            sums = levels.index(WHO * DEPTH).load(PRODUCT) + sums
-        if chain % 4 == 3:
-            sums = levels.index(WHO * DEPTH + 1).load(PRODUCT) + sums
-        if CONSUMERS == 1:  # noqa: SIM102  (known when the kernel is made, unlike the next)
+        if CONSUMERS == 2:
+            levels.index(chain).store(sums)
+        else:
+            if chain % 2 == 1:
+                sums = levels.index(0).load(PRODUCT) + sums
+            if chain % 4 == 3:
+                sums = levels.index(1).load(PRODUCT) + sums
             if chain == 7:
-                sums = levels.index(WHO * DEPTH + 2).load(PRODUCT) + sums
-        level = gl.where(chain % 4 == 3, DEPTH - 1, chain % 2)
-        levels.index(WHO * DEPTH + level).store(sums)
+                sums = levels.index(2).load(PRODUCT) + sums
+            levels.index(gl.where(chain % 4 == 3, 2, chain % 2)).store(sums)
+
+
+@gluon.jit
+def sum_of_four(levels, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return the sum of four chains, as `fragments.sum_neighbours` adds them."""
+    first = levels.index(FIRST).load(LAYOUT) + levels.index(FIRST + 1).load(LAYOUT)
+    second = levels.index(FIRST + 2).load(LAYOUT) + levels.index(FIRST + 3).load(LAYOUT)
+    return first + second
 
 
 @gluon.jit
@@ -292,10 +302,8 @@ def multiply_program(
     stages = (acts, facts, totals, words)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    DEPTH: gl.constexpr = 4 - CONSUMERS
-    levels = gl.allocate_shared_memory(
-        gl.float32, [DEPTH * CONSUMERS, ROWS, TOKENS], batch_operands.sums_layout(TOKENS, WARPS)
-    )
+    LEVELS: gl.constexpr = 8 if CONSUMERS == 2 else 3
+    levels = gl.allocate_shared_memory(gl.float32, [LEVELS, ROWS, TOKENS], batch_operands.sums_layout(TOKENS, WARPS))
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
@@ -313,7 +321,7 @@ def multiply_program(
             [WARPS, 1],
             [REGISTERS[0], REGISTERS[1]],
         )
-        sums = levels.index(1).load(PRODUCT) + levels.index(3).load(PRODUCT)
+        sums = sum_of_four(levels, 0, PRODUCT) + sum_of_four(levels, 4, PRODUCT)
     else:
         gl.warp_specialize(
             [

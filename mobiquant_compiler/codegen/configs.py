@@ -141,7 +141,7 @@ def _batch_bytes(spec: KernelSpec) -> int:
     bodies = [(slices, spec.num_stages - (slices > 2)), (min(slices, 2), spec.num_stages)]
     words = spec.block_n * spec.group // 2
     stages = max(spec.consumers * stages * (tokens + count * words + 16) for count, stages in bodies)
-    levels = spec.consumers * (4 - spec.consumers) * 4 * spec.block_n * spec.block_m
+    levels = (8 if spec.consumers == 2 else 3) * 4 * spec.block_n * spec.block_m
     return stages + levels + 1024
 
 
