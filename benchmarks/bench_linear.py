@@ -21,6 +21,7 @@ from typing import Any
 import linear_summary
 import record
 import torch
+from linear_accuracy import accuracies
 from linear_bandwidth import bandwidths
 from linear_ours import (
     SMALL_BATCH,
@@ -147,6 +148,7 @@ class Benchmark:
         self.rows: list[dict[str, Any]] = []
         self.rivals: list[dict[str, Any]] = []
         self.prepare: list[dict[str, Any]] = []
+        self.accuracy: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {"protocol": PROTOCOL, "seed": args.seed, "bandwidth": {}}
         self._built: dict[tuple[str, int, int], tuple[Any, str | None]] = {}
         self._written = time.monotonic()
@@ -232,10 +234,19 @@ class Benchmark:
         entry["hidden_us"] = round(timing.median_us - entry["added_us"], 3) if hidden else None
         self.prepare.append(entry | ({"error": error} if error else {}))
 
+    def check_accuracy(self) -> None:
+        """Hold results of float32 activations against the reference."""
+        found, error = attempt("accuracy", accuracies, self.device)
+        self.accuracy = found or []
+        self.say(f"accuracy: {error or f'{len(self.accuracy)} results'}")
+        if error:
+            self.notes["accuracy_error"] = error
+
     def write(self) -> list[dict[str, Any]]:
         """Write what there is, with what it means, and return the summary."""
-        summary = linear_summary.summarize(self.rows, self.prepare, self.notes["bandwidth"])
+        summary = linear_summary.summarize(self.rows, self.prepare, self.notes["bandwidth"], self.accuracy)
         notes = {**self.notes, "summary": summary, "prepare": self.prepare, "rivals": self.rivals}
+        notes["accuracy"] = self.accuracy
         notes["seconds"] = round(time.monotonic() - started, 1)
         out = self.args.out or record.folder(self.args.device) / "linear.json"
         record.write(out, self.rows, self.args.device, **notes)
@@ -270,6 +281,8 @@ def main() -> None:
             bench.notes["bandwidth"] = found or {"error": error}
             bench.say(f"bandwidth {bench.notes['bandwidth']}")
             skipped = run_within(plan(args.shapes, args.tokens), bench.measure, bench.left)
+            if "ours" in args.methods and args.device == "cuda":
+                bench.check_accuracy()
         except (DeviceLost, KeyboardInterrupt) as error:
             bench.notes["stopped"] = f"{type(error).__name__}: {error}"
             bench.say(bench.notes["stopped"])

@@ -20,6 +20,7 @@ BANDWIDTH, LARGEST = 0.85, 2  # share of what reading reaches, on so many of the
 EIGHT_TOKENS = 1.25  # times of eight mixed tokens over one token's
 PREFILL = {1024: 0.75, 4096: 0.9}  # tokens: speed over bf16, two slices a token on average
 PREPARE_K, PREPARE_US = 4096, 3.5
+ERRORS = {"a16": 0.0001, "a8": 0.01}  # activation: the largest relative error of float32 outputs
 
 
 def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -58,7 +59,7 @@ def _goal(text: str, wanted: str, got: tuple[float | None, str], whole: float | 
     sign, limit = wanted.split()
     value, where = got
     met = None if value is None else value >= float(limit) if sign == ">=" else value <= float(limit)
-    rounded = [v if v is None else round(v, 3) for v in (value, whole)]
+    rounded = [v if v is None else round(v, 3) if abs(v) >= 0.1 else float(f"{v:.3g}") for v in (value, whole)]
     return {"goal": text, "wanted": wanted, "got": rounded[0], "met": met, "where": where, "with_prepare": rounded[1]}
 
 
@@ -121,7 +122,15 @@ def _prepare(prepare: Sequence[Row]) -> Iterable[dict[str, Any]]:
     yield _goal("one token: us to route and quantize", f"<= {PREPARE_US}", got)
 
 
-def summarize(rows: Sequence[Row], prepare: Sequence[Row], bandwidth: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _accuracy(accuracy: Sequence[Row]) -> Iterable[dict[str, Any]]:
+    for activation, wanted in ERRORS.items():
+        error = Figure(find(accuracy, activation=activation), lambda row: row["relative_error"])
+        yield _goal(f"float32 outputs, {activation}: largest relative error", f"<= {wanted}", error.worst(max))
+
+
+def summarize(
+    rows: Sequence[Row], prepare: Sequence[Row], bandwidth: Mapping[str, Any], accuracy: Sequence[Row] = ()
+) -> list[dict[str, Any]]:
     """Hold rows against what was promised.
 
     Returns:
@@ -135,6 +144,7 @@ def summarize(rows: Sequence[Row], prepare: Sequence[Row], bandwidth: Mapping[st
         *_small_batches(ours),
         *_prefill(ours),
         *_prepare(prepare),
+        *_accuracy(accuracy),
     ]
 
 
@@ -155,7 +165,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for line in lines(summarize(result["rows"], result["prepare"], result["bandwidth"])):
+    for line in lines(summarize(result["rows"], result["prepare"], result["bandwidth"], result.get("accuracy", ()))):
         print(line)
 
 

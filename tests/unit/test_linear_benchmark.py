@@ -247,7 +247,7 @@ class TestSummary:
         share = found["one token, from 2 slices on, two largest shapes: share of the read bandwidth"]
         assert (share["got"], share["met"]) == (0.95, True)
         assert found["one token: us to route and quantize"]["got"] == 3.0
-        assert len(found) == 16
+        assert len(found) == 18
 
     def test_a_miss_names_the_shape(self):
         rows = linear_results.rows()
@@ -265,6 +265,12 @@ class TestSummary:
         goal = promises(rows)["4096 tokens, 2 slices on average: speed over bf16, each shape"]
         assert (goal["met"], goal["got"]) == (False, 0.833)
 
+    def test_small_errors_keep_their_digits(self):
+        rows = [{"n": 8, "k": 64, "tokens": t, "activation": "a16", "relative_error": t * 1.3e-5} for t in (1, 9, 2)]
+        goal, missing = linear_summary.summarize([], [], {}, rows)[-2:]
+        assert (goal["got"], goal["met"], goal["where"]) == (1.17e-4, False, "8x64, tokens: 9")
+        assert (missing["goal"], missing["met"]) == ("float32 outputs, a8: largest relative error", None)
+
     def test_what_was_not_measured_is_no_promise_kept(self):
         rows = copy.deepcopy(linear_results.rows())
         linear_summary.find(rows, tokens=1, slices=2, n=4096, k=4096)[0]["time_us"] = None
@@ -279,7 +285,7 @@ class TestSummary:
         path.write_text(json.dumps(linear_results.result()), encoding="utf-8")
         monkeypatch.setattr("sys.argv", ["linear_summary.py", str(path)])
         linear_summary.main()
-        assert capsys.readouterr().out.endswith("of 16 promises kept\n")
+        assert capsys.readouterr().out.endswith("of 18 promises kept\n")
 
 
 @pytest.mark.parametrize(
