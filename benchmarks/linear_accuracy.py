@@ -1,4 +1,4 @@
-"""How far results of float32 activations are from the reference: every way to multiply, for bench_linear.py."""
+"""How far results of float32 activations are from the reference: every kernel and tile, for bench_linear.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mobiquant_compiler.launches import Launch, binaries_of
 from mobiquant_compiler.spec import Activation, Layout, SliceSpec
 from mobiquant_compiler.wiring import target_of
 
-# Each number of tokens is another tile, of one kernel or of another: batch_wgmma with two warpgroups, with one and 32
-# tokens, with one and 16.
-SHAPES = {(4096, 4096): (1, 8, 64), (14336, 4096): (16, 64)}
+# Each is another tile: of 4096 rows four of sliced_mma, then batch_wgmma with two warpgroups; of more rows with one and
+# 16 or 32 tokens.
+SHAPES = {(4096, 4096): (1, 8, 16, 32, 64), (14336, 4096): (16, 64)}
 BIT_MAJOR = (1, 8)
 KINDS = (*(("uniform", slices) for slices in range(1, len(WIDTHS) + 1)), ("mixed", len(WIDTHS)))
 
@@ -50,7 +50,8 @@ def _rows(device: torch.device) -> Iterator[dict[str, Any]]:
         weights = Weights(n, k, layout, device, copies=1)
         for count in tokens if layout is Layout.SLICE_MAJOR else set(tokens) & set(BIT_MAJOR):
             x = torch.randn(count, k, device=device)
-            for activation, (kind, slices) in product(Activation, KINDS):
+            kinds = [kind for kind in KINDS if kind[0] == "uniform" or kind[1] <= count]  # as many counts as are said
+            for activation, (kind, slices) in product(Activation, kinds):
                 case = Case(slices, kind, activation, layout)
                 counts = counts_of(case, count, device)
                 sample = Sample.of(count, n, device)

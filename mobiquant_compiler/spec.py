@@ -186,7 +186,7 @@ class KernelSpec:
         row_tiles: ROW_TILES, tiles of 16 rows that a warp multiplies by the activations it has loaded (sliced_mma).
         block_w: BLOCK_W, columns per step; tiles of tokens that share their activations in the L2 cache (sliced_wgmma).
         block_r: BLOCK_R, columns that a routing program scores at a time (route_quantize).
-        num_warps: NUM_WARPS, warps per program.
+        num_warps: NUM_WARPS, warps per program, or of a consumer where there are such.
         columns: COLUMNS of activations, at most K_PADDED (route_quantize).
         num_stages: NUM_STAGES, of the pipeline of the loop over columns.
         consumers: CONSUMERS, warpgroups that multiply while one warp copies (batch_wgmma, sliced_wgmma).

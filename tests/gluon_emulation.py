@@ -222,10 +222,6 @@ class Language:
         """Return zeros."""
         return Value(torch.zeros(shape, dtype=dtype))
 
-    def zeros_like(self, value: Value) -> Value:
-        """Return zeros."""
-        return Value(torch.zeros_like(value.data))
-
     def full_like(self, value: Value, number: float) -> Value:
         """Return one number many times."""
         return Value(torch.full_like(value.data, number))

@@ -204,9 +204,6 @@ class Memory:
         reads.unfenced = True
         return Value(self.data.clone())
 
-    def _keep_alive(self) -> None:
-        """Nothing is reused here."""
-
     def store(self, value: Value) -> None:
         """Write all of it."""
         assert value.data.dtype is self.data.dtype

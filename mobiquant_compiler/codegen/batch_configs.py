@@ -121,7 +121,7 @@ def batch_spec(
         block_m=tile.tokens,
         block_n=ROWS,
         num_warps=ROWS // 16,
-        # Sums of every chain and, of short groups, six stages of four slices are more than shared memory holds.
+        # Sums of every chain and, of groups of 64, six stages of four slices are more than shared memory holds.
         num_stages=_COLUMNS_IN_STAGES // (2 * weight.group) - (tile.consumers == 2 and weight.group == 64),
         consumers=tile.consumers,
         row_unit=row_unit,

@@ -70,7 +70,7 @@ def measure(spec: KernelSpec, cc: int, dtypes: Dtypes | None = None) -> Resource
         note = "triton's cuobjdump is missing" if tool is None else f"{tool} cannot read binaries of {target}"
         return Resources(shared, fits=shared <= target.shared_bytes, ptx=ptx, note=note)
     registers, stack, local = map(int, usage.groups())
-    room = shared <= target.shared_bytes and registers * 32 * spec.num_warps <= _REGISTERS
+    room = shared <= target.shared_bytes and registers * 32 * int(binary.metadata.num_warps) <= _REGISTERS
     return Resources(shared, registers, stack + local, *_counts(listing), fits=room, ptx=ptx)
 
 

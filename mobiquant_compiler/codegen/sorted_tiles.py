@@ -1,7 +1,7 @@
 """Tiles of tokens of one slice count: one warp copies their activations, one or two warpgroups multiply (Gluon, sm_90).
 
 A consumer has 64 output rows and all tokens of the tile. While four products of 16 columns run, it makes the operands
-of the next four; of two consumers one computes while the other waits. Nothing but barriers holds them together.
+of the next four. Nothing but the barriers of the stages holds two consumers together.
 
 Names: memory is (stages of 64 columns of activations, ready, empty, outputs on their way), ready and empty barriers of
 the stages; weight is (slices, scale, zero, bias) and given (weight, origins of tokens, outputs); place is (first token,

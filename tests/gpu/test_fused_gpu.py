@@ -17,7 +17,7 @@ from mobiquant_compiler.spec import Prefill, SliceSpec
 from tests import waiting
 from tests.kernel_cases import Case, random_case, spec_id
 from tests.rounded_weights import unpacked_weights
-from tests.tolerances import WORKSPACE_RMS, WORKSPACE_TOLERANCES
+from tests.tolerances import FUSED_RMS, WORKSPACE_TOLERANCES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,7 +119,7 @@ def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     assert y.dtype is dtype
     atol, rtol, _ = WORKSPACE_TOLERANCES[dtype]
     torch.testing.assert_close(y.double(), wanted, atol=atol, rtol=rtol)
-    assert (y.double() - wanted).norm() <= WORKSPACE_RMS * wanted.norm()
+    assert (y.double() - wanted).norm() <= FUSED_RMS[dtype] * wanted.norm()
 
 
 def test_a_large_product() -> None:

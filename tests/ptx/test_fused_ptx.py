@@ -70,14 +70,26 @@ def test_four_slices_fit_as_well(small: bool) -> None:
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("k", [64, 4096, 576])
-def test_four_products_run_while_the_next_operands_are_made(small: bool, k: int) -> None:
+@pytest.mark.parametrize(("k", "slices"), [(64, 2), (4096, 2), (576, 2), (4096, 4)])
+def test_four_products_run_while_the_next_operands_are_made(small: bool, k: int, slices: int) -> None:
     """ptxas serializes products where it does not understand them: then each waits for all before it."""
-    spec = spec_of(small, k)
+    spec = wgmma_spec(SliceSpec((2,) * slices, 64), k, H100, small=small, row_unit=8)
     text = listing(spec)
-    bodies = spec.consumers * BODIES
+    bodies = spec.consumers * BODIES * slices // 2
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text) == ["0"] * (bodies * STAGES)
     assert len(re.findall(r"\bHGMMA\.64x", text)) == bodies * PRODUCTS
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_stage_is_given_back_when_its_products_are_done(small: bool) -> None:
+    """The copy that follows would overwrite what they still read: every warp waits, then one arrives."""
+    spec = spec_of(small)
+    ptx = compiled(spec).asm["ptx"]
+    order = re.findall(r"wgmma\.mma_async|wgmma\.wait_group\S+ \d|bar\.sync|mbarrier\.(?:arrive\.shared|try_wait)", ptx)
+    given_back = [at for at, name in enumerate(order) if name == "mbarrier.arrive.shared"]
+    assert len(given_back) == spec.consumers * BODIES * STAGES
+    for at in given_back:
+        assert order[at - 2 : at] == ["wgmma.wait_group.sync.aligned 0", "bar.sync"]
 
 
 def test_few_instructions_a_product() -> None:
@@ -110,8 +122,10 @@ def test_activations_come_by_the_copy_engine_and_weights_straight_to_registers()
 @pytest.mark.parametrize("dtypes", [Dtypes("fp16"), Dtypes("bf16", "fp32")], ids=str)
 def test_other_dtypes(dtypes: Dtypes) -> None:
     ptx = compiled(spec_of(True, has_bias=True), dtypes).asm["ptx"]
-    kind = {"fp16": "f16", "bf16": "bf16"}[dtypes.x]
+    kind, other = {"fp16": ("f16", "bf16"), "bf16": ("bf16", "f16")}[dtypes.x]
     assert f"f32.{kind}.{kind}" in ptx
+    assert f"fma.rn.{kind}x2" in ptx
+    assert f"fma.rn.{other}x2" not in ptx
 
 
 def test_rows_of_any_number_are_written_one_by_one() -> None:

@@ -212,7 +212,9 @@ class TestResources:
     @pytest.fixture
     def binary(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         """Let a binary be there that nothing compiled."""
-        found = SimpleNamespace(metadata=SimpleNamespace(shared=96), asm={"ptx": "// ptx", "cubin": b"cubin"})
+        found = SimpleNamespace(
+            metadata=SimpleNamespace(shared=96, num_warps=8), asm={"ptx": "// ptx", "cubin": b"cubin"}
+        )
         monkeypatch.setattr(cache, "compile_for", lambda spec, cc, dtypes: found)
         monkeypatch.setattr(toolchain, "interpreting", lambda: False)
         return found

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_linear
+import linear_accuracy
 import linear_ours
 import linear_summary
 import linear_timing
@@ -230,6 +231,23 @@ def promises(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the summary of rows by goal."""
     result = linear_results.result()
     return {row["goal"]: row for row in linear_summary.summarize(rows, result["prepare"], result["bandwidth"])}
+
+
+class TestAccuracy:
+    def test_every_way_with_float32_activations(self, monkeypatch, wiring):
+        monkeypatch.setattr(linear_accuracy, "SHAPES", {(128, 256): (1, 3, 8)})
+        found = linear_accuracy.accuracies(CPU)
+        places = {(row["tokens"], row["layout"], row["activation"], row["counts"], row["slices"]) for row in found}
+        assert len(places) == len(found) == 2 * (4 + 4 + 5) + 2 * (4 + 5)  # mixed counts of four want tokens for each
+        assert {layout for tokens, layout, *_ in places if tokens == 3} == {"slice_major"}
+        goals = linear_summary.summarize([], [], {}, found)[-2:]
+        assert [goal["met"] for goal in goals] == [True, True]
+        assert json.loads(json.dumps(found)) == found
+
+    def test_wrong_results_are_recorded(self, monkeypatch, wiring):
+        monkeypatch.setattr(linear_accuracy, "SHAPES", {(128, 256): (1,)})
+        wiring.wrong = 1.0
+        assert min(row["relative_error"] for row in linear_accuracy.accuracies(CPU)) > 0.1
 
 
 class TestSummary:

@@ -102,9 +102,12 @@ def test_bits_are_chosen_by_one_instruction(mask: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_constants_of_two_halves(dtype: torch.dtype) -> None:
     kernel = gluon_emulation.helpers()["operands"]
-    for value in (1.0, 2.0**-6, 0.25, -130.0, -34.0, -2.125, -1.984375):
+    exact = (-130.0, -34.0) if dtype is torch.bfloat16 else (-1026.0, -258.0, -66.0, -18.125)
+    for value in (1.0, 2.0**-6, 0.25, -2.125, -1.984375, *exact):
         both = torch.tensor([kernel.packed_pair(value, dtype)], dtype=torch.int32)
         assert both.view(dtype).tolist() == [value, value]
+    with pytest.raises(AssertionError, match="is not a number of the dtype"):
+        kernel.packed_pair(1 + 2.0**-11, dtype)
 
 
 def operand_of(codes: Tensor, scale: Tensor, zero: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -72,9 +72,9 @@ def sliced_wgmma(
         offsets int32 [NUM_SLICES + 1]; slices int32 [total_bits, n_rows, K_PADDED / 32]; scale, zero [n_rows, K_PADDED
         / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units ROW_UNIT``: with a unit of 8, rows are
         written 16 bytes at a time. Grid: ((ceil(T / BLOCK_M) + NUM_SLICES - 1) ceil(n_rows / BLOCK_N),).
-    Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c the middle of the codes: scale
-        and second term are rounded (`operands.grid_of`), their sum once more; sums are float32, and rounded once with
-        the bias.
+    Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
+        scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
+        of the code at a time; sums are float32, and rounded once with the bias.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
