@@ -179,14 +179,20 @@ def join_fields(words, COUNT: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def fma_pairs(pair, size, shift, DTYPE: gl.constexpr):
+    """Return ``pair size + shift``, rounded once: int32 of two numbers each."""
+    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $2, $3;", DTYPE)
+    return gl.inline_asm_elementwise(FMA, "=r,r,r,r", [pair, size, shift], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def pair_of(codes, exponent, PAIR: gl.constexpr, MIDDLE: gl.constexpr, SHRINK: gl.constexpr, DTYPE: gl.constexpr):
     """Return ``(code - MIDDLE) SHRINK`` of bytes 2 PAIR and 2 PAIR + 1 of each word, exactly, two numbers an int32."""
     BYTES: gl.constexpr = "prmt.b32 $0, $1, $2, 0x4140;" if PAIR == 0 else "prmt.b32 $0, $1, $2, 0x4342;"
     raised = gl.inline_asm_elementwise(BYTES, "=r,r,r", [codes, exponent], dtype=gl.int32, is_pure=True, pack=1)
-    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $2, $3;", DTYPE)
     factor = gl.full_like(codes, packed_pair(SHRINK, DTYPE))
     shift = gl.full_like(codes, packed_pair(-(base_of(DTYPE) + MIDDLE) * SHRINK, DTYPE))
-    return gl.inline_asm_elementwise(FMA, "=r,r,r,r", [raised, factor, shift], dtype=gl.int32, is_pure=True, pack=1)
+    return fma_pairs(raised, factor, shift, DTYPE)
 
 
 @gluon.jit
@@ -202,19 +208,12 @@ def scaled(pair, size, shift, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def added(pair, size, shift, DTYPE: gl.constexpr):
-    """Return ``pair size + shift``, rounded once, two numbers an int32."""
-    FMA: gl.constexpr = assembly("fma.rn.16x2 $0, $1, $2, $3;", DTYPE)
-    return gl.inline_asm_elementwise(FMA, "=r,r,r,r", [pair, size, shift], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def weights_of(fields, exponent, grid, PAIR: gl.constexpr, COUNT: gl.constexpr, DTYPE: gl.constexpr):
     """Return the weights of bytes 2 PAIR and 2 PAIR + 1 of each word, DTYPE [R, 4, 2]."""
     SHRINK: gl.constexpr = 1.0 / power_of(COUNT)
     size, shift = grid
     if in_halves(COUNT, DTYPE):
-        shift = added(pair_of(fields[1], exponent, PAIR, 8, SHRINK, DTYPE), size, shift, DTYPE)
+        shift = fma_pairs(pair_of(fields[1], exponent, PAIR, 8, SHRINK, DTYPE), size, shift, DTYPE)
         pair = pair_of(fields[0], exponent, PAIR, 8, 16 * SHRINK, DTYPE)
     else:
         pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), SHRINK, DTYPE)
