@@ -78,6 +78,8 @@ def emit(
         workspace = classes is None or classes[0] > PREFILL_TOKENS
     chosen = [pair for pair in kernels_for(launches, cc, classes, workspace) if pair[0].family in families]
     rows = _write(chosen, cc, output, ptx)
+    if not chosen:
+        note(f"no {family} kernel serves this on sm_{cc}; --family all shows which do")
     for text in sorted({row["note"] for row in rows if row["note"]}):
         note(text)
     show(rows, COLUMNS, as_json=as_json, title=f"{output}, sm_{cc}")

@@ -69,6 +69,11 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class TestSpec:
+    def test_a_family_that_serves_no_such_launch_says_so(self, run: Run, tmp_path: Path) -> None:
+        code, out, err = run(tmp_path, *SMALL, "--family", "sliced_wgmma", "--target", "80", "--json")
+        assert (code, json.loads(out)) == (0, [])
+        assert "no sliced_wgmma kernel serves this on sm_80; --family all shows which do" in " ".join(err.split())
+
     @pytest.mark.usefixtures("uncompiled")
     def test_every_family_by_default(self, run: Run, tmp_path: Path) -> None:
         code, out, err = run(tmp_path / "out", *SMALL, "--json")
