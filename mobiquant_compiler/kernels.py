@@ -183,7 +183,7 @@ def fused_kernel(
 
 
 def fused_is_small(tokens: int, n: int, slices: int) -> bool:
-    """Say whether a call takes the fused kernel with small tiles."""
+    """Say whether a call takes the fused kernel with small tiles; its tokens may have `slices` different counts."""
     from mobiquant_compiler.codegen import configs
 
     return configs.wgmma_is_small(tokens, n, slices)

@@ -229,7 +229,9 @@ def _fused_kernels(launch: Launch, target: Target) -> Iterator[KernelSpec]:
     """Yield the kernels that make weights in registers, where there are any for such a launch."""
     from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec, wgmma_spec
 
-    if target.cc != FUSED_CC or launch.x_dtype not in fused.DTYPES or not fused.takes_slices(launch.spec):
+    if target.cc != FUSED_CC or launch.x_dtype not in fused.DTYPES:
+        return
+    if not (fused.takes_slices(launch.spec) and fused.takes_columns(launch.spec, launch.k)):
         return
     yield kernel_spec(Family.GATHER_TOKENS, launch.spec, launch.k, TokenClass.MANY, target)
     for unit in launch.row_units:

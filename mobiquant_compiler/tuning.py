@@ -155,7 +155,7 @@ def device_timer(device: torch.device) -> Timer:
         if path is Path.WORKSPACE:
             return _median(lambda: wiring.by_workspace(x, counts, [one], spec, prefill), flush)
         if path is Path.FUSED:
-            return _median(lambda: wiring.by_fused(x, counts, [one], spec), flush)
+            return _median(lambda: wiring.by_fused(x, counts, [one], spec, prefill), flush)
         return _median(lambda: wiring.by_integers(x, counts, [one], spec, Activation.A16), flush)
 
     return seconds

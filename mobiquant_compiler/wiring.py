@@ -166,7 +166,7 @@ def routed_linears(
     if path is Path.WORKSPACE:
         return by_workspace(x, counts, weights, spec, prefill)
     if path is Path.FUSED:
-        return by_fused(x, counts, weights, spec)
+        return by_fused(x, counts, weights, spec, prefill)
     return by_integers(x, counts, weights, spec, activation)
 
 
@@ -190,13 +190,16 @@ def by_workspace(
     return workspace.workspace_linears(kernel, x, counts, weights)
 
 
-def by_fused(x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> list[Tensor]:
-    """Multiply tokens of given slice counts by weights that are made in registers; returns [..., N] a weight."""
+def by_fused(
+    x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, prefill: Prefill = Prefill.ROUTED
+) -> list[Tensor]:
+    """Multiply tokens of given slice counts, all equal with `Prefill.FULL`, by weights that are made in registers."""
     k, target = x.shape[-1], target_of(x.device)
+    groups = 1 if prefill is Prefill.FULL else spec.num_slices
 
     def kernel_of(weight: Weight, tokens: int) -> Kernel:
         facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
-        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, spec.num_slices), **facts)
+        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, groups), **facts)
 
     return fused.fused_linears(gather_kernel(spec, k, target), kernel_of, x, counts, weights)
 

@@ -74,6 +74,7 @@ class Barrier:
         self.expected, self.phase = 0, 0
         self.count, self.arrived = 1, 0
         self.copies: list[tuple[Memory, Tensor]] = []
+        self.guarded: set[int] = set()  # allocations that are copied to once a thread has waited for this
         self.changed = threading.Condition()
 
     def init(self, count: int) -> None:
@@ -89,6 +90,7 @@ class Barrier:
     def copy(self, box: Tensor, memory: Memory, pred: Any) -> None:
         """Ask for a copy, which spoils what is there at once."""
         if pred:
+            reads.waited.guarded.add(memory.allocation)
             with self.changed:
                 memory.data.copy_(torch.full_like(memory.data.view(torch.int8), POISON).view(memory.data.dtype))
                 self.copies.append((memory, box))
@@ -96,7 +98,8 @@ class Barrier:
 
     def arrive(self) -> None:
         """Arrive; the last one ends the phase: what was read may be copied over."""
-        assert not getattr(reads, "unfenced", False), "a copy may be faster than reads that are under way"
+        unfenced = getattr(reads, "unfenced", set())
+        assert not unfenced & self.guarded, "a copy may be faster than reads that are under way"
         with self.changed:
             self.arrived = (self.arrived + 1) % self.count
             if self.arrived == 0:
@@ -111,7 +114,7 @@ class Barrier:
         """Wait for the end of a phase; that of bytes ends here, where they are copied."""
         if not pred:
             return
-        wanted = int(raw(phase))
+        wanted, reads.waited = int(raw(phase)), self
         with self.changed:
             came = self.changed.wait_for(lambda: self.phase != wanted or self.full(), PATIENCE)
             assert came, "waits for what never comes"
@@ -140,8 +143,6 @@ class Barriers:
 class Language:
     """Stand-in for `gluon.language`."""
 
-    constexpr = None
-
     def __init__(self, program: tuple[int, ...]) -> None:
         self.program = program
         vars(self).update(DTYPES)
@@ -150,6 +151,10 @@ class Language:
         if name.endswith("Layout"):
             return AnyLayout(name)
         raise AttributeError(name)
+
+    def constexpr(self, value: Any) -> Any:
+        """Return a constant of a module."""
+        return value
 
     def minimum(self, a: Any, b: Any) -> Value:
         """Return the smaller."""

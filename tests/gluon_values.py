@@ -159,12 +159,12 @@ class AnyLayout:
     get_default_for = __call__
 
 
-reads = threading.local()  # of a thread: whether it has read shared memory since it fenced
+reads = threading.local()  # of a thread: allocations that it has read since it fenced, and the barrier it waited for
 
 
 def fence() -> None:
     """Let copies that are asked for from now on come after this thread's reads."""
-    reads.unfenced = False
+    reads.unfenced = set()
 
 
 class Memory:
@@ -182,6 +182,11 @@ class Memory:
     def dtype(self) -> torch.dtype:
         """Type of its elements."""
         return self.data.dtype
+
+    @property
+    def allocation(self) -> int:
+        """Which allocation it is a part of."""
+        return self.data.untyped_storage().data_ptr()
 
     def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         """Return a part."""
@@ -201,7 +206,7 @@ class Memory:
 
     def load(self, layout: Any) -> Value:
         """Read all of it; a copy that is asked for later may still be faster, until there is a fence."""
-        reads.unfenced = True
+        reads.unfenced = getattr(reads, "unfenced", set()) | {self.allocation}
         return Value(self.data.clone())
 
     def store(self, value: Value) -> None:

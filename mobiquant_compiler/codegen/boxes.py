@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mobiquant_compiler.spec import Activation, KernelSpec
+from mobiquant_compiler.spec import Activation, Family, KernelSpec
 
 # Parts of BLOCK_M that tiles of sliced_wgmma have; a box is as many tokens by 64 columns, 128 bytes.
 _HALVINGS = {"x_desc": 0, "x_half_desc": 1}
@@ -51,6 +51,8 @@ def box_of(parameter: str, spec: KernelSpec) -> Box:
     """
     if parameter in _HALVINGS:
         return Box((spec.block_m >> _HALVINGS[parameter], _X_COLUMNS), "", 16, 128)
+    if spec.family is Family.SLICED_WGMMA:
+        return Box((spec.block_n, 8), "i32", 32, 32)
     halves = 2 if spec.activation is Activation.A16 else 1
     return {
         "acts_desc": Box((halves * spec.group // 64, spec.block_m, 128), "i8", 8, 128),

@@ -104,12 +104,11 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.DEQUANTIZE, TokenClass.MANY): (Tile(1, 4, 1024, 4),),
     (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(1, 1, 2048, 4),),
 }
-# Tiles of sliced_wgmma: of two warpgroups, and of one for calls with too few of those for all multiprocessors, of which
-# two programs share the registers.
-_WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 64, 1, 4, 128)
-_WGMMA_STAGES = 4
-# Programs that an H100 runs at a time, and how long they take: 4096 columns of two slices, in microseconds.
-_WGMMA_WAVE, _WGMMA_SMALL_WAVE = (132, 49.0), (264, 38.5)
+# Tiles of sliced_wgmma, and one with half as many tokens for calls that make few of those, or few full ones; and how
+# long an H100 takes for the programs that it runs at a time: 4096 columns of two slices, in microseconds.
+_WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 128, 1, 4)
+_WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
+_WGMMA_PROGRAMS, _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 132, 45.0, 31.0
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
@@ -119,7 +118,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
-    - sliced_wgmma: stages of 64 columns of activations, the tile of outputs on its way out, barriers.
+    - sliced_wgmma: stages of 64 columns of activations, two of 128 columns of words, the tile of outputs, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
     if spec.family is Family.SLICED_MMA:
@@ -129,7 +128,8 @@ def shared_bytes(spec: KernelSpec) -> int:
     if spec.family is Family.BATCH_WGMMA:
         return _batch_bytes(spec)
     if spec.family is Family.SLICED_WGMMA:
-        return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + 1024
+        words = 2 * 32 * spec.block_n * min(len(spec.widths), 4)
+        return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + words + 1024
     return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
 
 
@@ -279,15 +279,17 @@ def wgmma_is_small(tokens: int, n: int, slices: int) -> bool:
     """Say whether a call of sliced_wgmma is faster with small tiles; pure.
 
     What counts is in how many waves its programs run. How many tiles tokens make depends on their counts, which only
-    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same.
+    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same. With
+    one count there is nothing to weigh.
     """
 
-    def cost(tile: Tile, resident: int, wave: float) -> float:
+    def cost(tile: Tile, wave: float) -> float:
         blocks = -(-n // tile.block_n)
-        tiles = (-(-tokens // tile.block_m), tokens / tile.block_m + slices / 2)
-        return sum(wave * math.ceil(count * blocks / resident) for count in tiles)
+        alike = -(-tokens // tile.block_m)
+        tiles = (alike, alike if slices == 1 else tokens / tile.block_m + slices / 2)
+        return sum(wave * math.ceil(count * blocks / _WGMMA_PROGRAMS) for count in tiles)
 
-    return cost(_WGMMA_SMALL_TILE, *_WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, *_WGMMA_WAVE)
+    return cost(_WGMMA_SMALL_TILE, _WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, _WGMMA_WAVE)
 
 
 def wgmma_spec(
@@ -320,7 +322,7 @@ def wgmma_spec(
         block_n=tile.block_n,
         block_w=1 << max(0, across.bit_length() - 1),
         num_warps=tile.num_warps,
-        num_stages=_WGMMA_STAGES,
+        num_stages=_WGMMA_SMALL_STAGES if small else _WGMMA_STAGES,
         consumers=tile.block_n // 64,
         row_unit=row_unit,
         max_registers=tile.max_registers,

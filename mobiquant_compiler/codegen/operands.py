@@ -253,11 +253,12 @@ def operand(fields, exponent, grid, LAYOUT: gl.constexpr, COUNT: gl.constexpr, D
 
 
 @gluon.jit
-def word_offsets(first_row, n_rows, K_PADDED: gl.constexpr, WARPS: gl.constexpr):
-    """Return where the first eight words of each row are, int64 [rows, 8]; rows past the last are the last again."""
-    LAYOUT: gl.constexpr = word_layout(8, WARPS)
-    row = gl.minimum(first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, LAYOUT)), n_rows - 1)
-    return row.to(gl.int64)[:, None] * (K_PADDED // 16) + gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))[None, :]
+def read_words(words, WARPS: gl.constexpr):
+    """Read words of 128 columns from shared memory, [rows, 8]; int32 [rows, 4] for the first 64 places and the rest."""
+    EACH: gl.constexpr = word_layout(4, WARPS)
+    found = words.load(word_layout(8, WARPS))
+    even, odd = gl.split(gl.reshape(found, [found.shape[0], 4, 2]))
+    return gl.convert_layout(even, EACH, assert_trivial=True), gl.convert_layout(odd, EACH, assert_trivial=True)
 
 
 @gluon.jit
@@ -267,27 +268,6 @@ def group_offsets(first_row, n_rows, GROUP: gl.constexpr, K_PADDED: gl.constexpr
     row = gl.minimum(first_row + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, LAYOUT)), n_rows - 1)
     group = 32 * gl.arange(0, 4, gl.SliceLayout(0, LAYOUT)) // GROUP
     return row.to(gl.int64)[:, None] * (K_PADDED // GROUP) + group[None, :]
-
-
-@gluon.jit
-def load_words(at, unit, step, K_PADDED: gl.constexpr, COUNT: gl.constexpr, WARPS: gl.constexpr):
-    """Load a step's words of COUNT slices: two tuples of int32 [rows, 4], for the first and the second 64 places.
-
-    Args: at, pointers [rows, 8] to the first words of the base slice; unit, words from one slice to the next.
-    """
-    EACH: gl.constexpr = word_layout(4, WARPS)
-    first = ()
-    second = ()
-    place = step * 8 + gl.arange(0, 8, gl.SliceLayout(0, word_layout(8, WARPS)))
-    for index in gl.static_range(COUNT):
-        if K_PADDED % 128 == 0:
-            words = gl.load(at + index * unit + step * 8)
-        else:
-            words = gl.load(at + index * unit + step * 8, mask=(place < K_PADDED // 16)[None, :], other=0)
-        even, odd = gl.split(gl.reshape(words, [words.shape[0], 4, 2]))
-        first = first + (gl.convert_layout(even, EACH, assert_trivial=True),)
-        second = second + (gl.convert_layout(odd, EACH, assert_trivial=True),)
-    return first, second
 
 
 @gluon.jit

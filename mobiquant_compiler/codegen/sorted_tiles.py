@@ -1,19 +1,31 @@
-"""Tiles of tokens of one slice count: one warp copies their activations, one or two warpgroups multiply (Gluon, sm_90).
+"""Tiles of tokens of one slice count: one warp copies, two warpgroups multiply (Gluon, sm_90).
 
 A consumer has 64 output rows and all tokens of the tile. While four products of 16 columns run, it makes the operands
-of the next four. Nothing but the barriers of the stages holds two consumers together.
+of the next four. Nothing but the barriers of the rings holds the two consumers together.
 
-Names: memory is (stages of 64 columns of activations, ready, empty, outputs on their way), ready and empty barriers of
-the stages; weight is (slices, scale, zero, bias) and given (weight, origins of tokens, outputs); place is (first token,
-end of the group, first row, rows in all).
+Activations and words come by the copy engine. A warp that loads its words itself touches eight lines with every load,
+for 32 bytes of each, and the path from the L1 cache that it keeps busy is the one by which products read activations.
+
+Names: memory is (acts, words, staged). acts and words are rings of stages in shared memory, (stages, ready, empty): 64
+columns of activations, and a step's words, 128 columns of COUNT slices; staged are outputs on their way. weight is
+(scale, zero, bias) and given (weight, origins of tokens, outputs); place is (first token, end of the group, first row,
+rows in all).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from mobiquant_compiler.codegen import operands
 from mobiquant_compiler.codegen.batches import consumer_registers
+
+WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time
 
 
 @gluon.jit
@@ -23,14 +35,48 @@ def steps_of(place, K_PADDED: gl.constexpr):
 
 
 @gluon.jit
-def produce(x_desc, memory, place, K_PADDED: gl.constexpr, TOKENS: gl.constexpr, NUM_STAGES: gl.constexpr):
-    """Fill stages as they are emptied."""
-    stages, ready, empty, _ = memory
-    for stage in range(2 * steps_of(place, K_PADDED)):
-        slot = stage % NUM_STAGES
-        mbarrier.wait(empty.index(slot), ((stage // NUM_STAGES) & 1) ^ 1)
-        mbarrier.expect(ready.index(slot), 128 * TOKENS)
-        tma.async_copy_global_to_shared(x_desc, [place[0], 64 * stage], ready.index(slot), stages.index(slot))
+def await_empty(ring, turn, STAGES: gl.constexpr):
+    """Wait until the stage of a turn is free; returns its number."""
+    slot = turn % STAGES
+    mbarrier.wait(ring[2].index(slot), ((turn // STAGES) & 1) ^ 1)
+    return slot
+
+
+@gluon.jit
+def await_ready(ring, turn, STAGES: gl.constexpr):
+    """Wait until the stage of a turn is filled; returns its number."""
+    slot = turn % STAGES
+    mbarrier.wait(ring[1].index(slot), (turn // STAGES) & 1)
+    return slot
+
+
+@gluon.jit
+def produce(
+    descs,
+    memory,
+    place,
+    COUNT: gl.constexpr,
+    TOKENS: gl.constexpr,
+    K_PADDED: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+):
+    """Fill stages as they are emptied: of each step its words, then its activations."""
+    x_desc, slices_desc = descs
+    acts, words, _ = memory
+    first, _, first_row, n_rows = place
+    for step in range(steps_of(place, K_PADDED)):
+        slot = await_empty(words, step, WORD_STAGES)
+        bar = words[1].index(slot)
+        mbarrier.expect(bar, COUNT * 128 * 32)
+        for index in gl.static_range(COUNT):
+            target = words[0].index(slot * COUNT + index)
+            tma.async_copy_global_to_shared(slices_desc, [index * n_rows + first_row, 8 * step], bar, target)
+        for half in gl.static_range(2):
+            stage = 2 * step + half
+            slot = await_empty(acts, stage, NUM_STAGES)
+            bar = acts[1].index(slot)
+            mbarrier.expect(bar, 128 * TOKENS)
+            tma.async_copy_global_to_shared(x_desc, [first, 64 * stage], bar, acts[0].index(slot))
 
 
 @gluon.jit
@@ -46,36 +92,51 @@ def four_operands(words, exponent, grid, LAYOUT: gl.constexpr, COUNT: gl.constex
 
 
 @gluon.jit
-def multiply_stage(sums, weights, memory, stage, NUM_STAGES: gl.constexpr):
+def multiply_stage(sums, weights, acts, stage, NUM_STAGES: gl.constexpr):
     """Begin to add the products of a stage, once it is there."""
-    stages, ready, _, _ = memory
-    slot = stage % NUM_STAGES
-    mbarrier.wait(ready.index(slot), (stage // NUM_STAGES) & 1)
+    slot = await_ready(acts, stage, NUM_STAGES)
     for place in gl.static_range(4):
-        x = stages.index(slot).slice(16 * place, 16, 1).permute((1, 0))
+        x = acts[0].index(slot).slice(16 * place, 16, 1).permute((1, 0))
         sums = warpgroup_mma(weights[place], x, sums, is_async=True)
     return sums
 
 
 @gluon.jit
-def end_stage(sums, weights, memory, stage, NUM_STAGES: gl.constexpr):
+def end_stage(sums, weights, acts, stage, NUM_STAGES: gl.constexpr):
     """Wait for the products of a stage and give it back; nothing but products reads it, so no fence is needed."""
     sums, _, _, _, _ = warpgroup_mma_wait(
         num_outstanding=0, deps=[sums, weights[0], weights[1], weights[2], weights[3]]
     )
-    mbarrier.arrive(memory[2].index(stage % NUM_STAGES), count=1)
+    mbarrier.arrive(acts[2].index(stage % NUM_STAGES), count=1)
     return sums
 
 
 @gluon.jit
-def load_step(at, step, GROUP: gl.constexpr, K_PADDED: gl.constexpr, COUNT: gl.constexpr):
-    """Load the words of a step, and its scales and zero points."""
-    words_at, unit, scale_at, zero_at = at
-    return (
-        operands.load_words(words_at, unit, step, K_PADDED, COUNT, 4),
-        operands.load_groups(scale_at, step, GROUP, K_PADDED, 4),
-        operands.load_groups(zero_at, step, GROUP, K_PADDED, 4),
-    )
+def read_words(words, step, WHO: gl.constexpr, COUNT: gl.constexpr):
+    """Read a consumer's words of a step, once they are there: those of its first stage and of its second."""
+    slot = await_ready(words, step, WORD_STAGES)
+    first = ()
+    second = ()
+    for index in gl.static_range(COUNT):
+        even, odd = operands.read_words(words[0].index(slot * COUNT + index).slice(64 * WHO, 64), 4)
+        first = first + (even,)
+        second = second + (odd,)
+    return first, second
+
+
+@gluon.jit
+def give_words_back(words, step):
+    """Give the words of a step back; loads of them that are under way would not be waited for without the fence."""
+    fence_async_shared()
+    mbarrier.arrive(words[2].index(step % WORD_STAGES), count=1)
+
+
+@gluon.jit
+def load_facts(at, step, GROUP: gl.constexpr, K_PADDED: gl.constexpr):
+    """Load scales and zero points of a step's columns."""
+    scale_at, zero_at = at
+    scale = operands.load_groups(scale_at, step, GROUP, K_PADDED, 4)
+    return scale, operands.load_groups(zero_at, step, GROUP, K_PADDED, 4)
 
 
 @gluon.jit
@@ -92,38 +153,41 @@ def consume(
     NUM_STAGES: gl.constexpr,
 ):
     """Multiply 64 rows by TOKENS tokens and write the result."""
+    acts, words, staged = memory
     weight, rows_ptr, y_ptr = given
-    slices_ptr, scale_ptr, zero_ptr, bias_ptr = weight
+    scale_ptr, zero_ptr, bias_ptr = weight
     first_row, n_rows = place[2] + 64 * WHO, place[3]
-    DTYPE: gl.constexpr = memory[0].dtype
+    DTYPE: gl.constexpr = acts[0].dtype
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
-    steps = steps_of(place, K_PADDED)
-    words_at = slices_ptr + operands.word_offsets(first_row, n_rows, K_PADDED, 4)
+    last = steps_of(place, K_PADDED) - 1
     group_at = operands.group_offsets(first_row, n_rows, GROUP, K_PADDED, 4)
-    at = (words_at, n_rows.to(gl.int64) * (K_PADDED // 16), scale_ptr + group_at, zero_ptr + group_at)
+    at = (scale_ptr + group_at, zero_ptr + group_at)
     exponent = operands.exponents_of(first_row, n_rows, DTYPE, 4)
-    words, scale, zero = load_step(at, 0, GROUP, K_PADDED, COUNT)
+    scale, zero = load_facts(at, 0, GROUP, K_PADDED)
     grid = operands.grid_of(scale, zero, COUNT, DTYPE)
-    near = four_operands(words[0], exponent, grid, OPERAND, COUNT, DTYPE)
-    far_words = words[1]
-    words, scale, zero = load_step(at, gl.minimum(1, steps - 1), GROUP, K_PADDED, COUNT)
+    near_words, far_words = read_words(words, 0, WHO, COUNT)
+    near = four_operands(near_words, exponent, grid, OPERAND, COUNT, DTYPE)
+    give_words_back(words, 0)
+    scale, zero = load_facts(at, gl.minimum(1, last), GROUP, K_PADDED)
     sums = gl.zeros([64, TOKENS], gl.float32, PRODUCT)
-    for step in range(steps):
-        sums = multiply_stage(sums, near, memory, 2 * step, NUM_STAGES)
+    for step in range(last + 1):
+        sums = multiply_stage(sums, near, acts, 2 * step, NUM_STAGES)
         far = four_operands(far_words, exponent, grid, OPERAND, COUNT, DTYPE)
-        sums = end_stage(sums, near, memory, 2 * step, NUM_STAGES)
-        sums = multiply_stage(sums, far, memory, 2 * step + 1, NUM_STAGES)
-        # Of the next step, which was loaded a step ago; behind the last one come its own numbers again, for nothing.
+        sums = end_stage(sums, near, acts, 2 * step, NUM_STAGES)
+        sums = multiply_stage(sums, far, acts, 2 * step + 1, NUM_STAGES)
+        # Of the next step; behind the last one come its own numbers again, for nothing.
+        following = gl.minimum(step + 1, last)
         grid = operands.grid_of(scale, zero, COUNT, DTYPE)
-        near = four_operands(words[0], exponent, grid, OPERAND, COUNT, DTYPE)
-        far_words = words[1]
-        words, scale, zero = load_step(at, gl.minimum(step + 2, steps - 1), GROUP, K_PADDED, COUNT)
-        sums = end_stage(sums, far, memory, 2 * step + 1, NUM_STAGES)
+        near_words, far_words = read_words(words, following, WHO, COUNT)
+        near = four_operands(near_words, exponent, grid, OPERAND, COUNT, DTYPE)
+        scale, zero = load_facts(at, gl.minimum(step + 2, last), GROUP, K_PADDED)
+        sums = end_stage(sums, far, acts, 2 * step + 1, NUM_STAGES)
+        give_words_back(words, following)
     if HAS_BIAS:
         row = first_row + gl.arange(0, 64, gl.SliceLayout(1, PRODUCT))
         sums += gl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(gl.float32)[:, None]
-    write_tile(sums, memory[3].index(WHO), rows_ptr, y_ptr, place, first_row, TOKENS)
+    write_tile(sums, staged.index(WHO), rows_ptr, y_ptr, place, first_row, TOKENS)
 
 
 @gluon.jit
@@ -142,8 +206,27 @@ def write_tile(sums, staged, rows_ptr, y_ptr, place, first_row, TOKENS: gl.const
 
 
 @gluon.jit
+def barriers_of(STAGES: gl.constexpr):
+    """Return ready and empty barriers of a ring: one warp fills a stage, two consumers empty it."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return ready, empty
+
+
+@gluon.jit
+def invalidate(ring, STAGES: gl.constexpr):
+    """Let the memory of a ring's barriers be used for something else."""
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(ring[1].index(stage))
+        mbarrier.invalidate(ring[2].index(stage))
+
+
+@gluon.jit
 def multiply_tile(
-    x_desc,
+    descs,
     weight,
     rows_ptr,
     y_ptr,
@@ -153,45 +236,32 @@ def multiply_tile(
     GROUP: gl.constexpr,
     K_PADDED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
-    """Multiply a tile of up to TOKENS tokens of COUNT slices by 64 rows a consumer, and write the result."""
+    """Multiply a tile of up to TOKENS tokens of COUNT slices by 128 rows, and write the result."""
+    x_desc, slices_desc = descs
     DTYPE: gl.constexpr = x_desc.dtype
     OUT: gl.constexpr = y_ptr.dtype.element_ty
-    REGISTERS: gl.constexpr = consumer_registers(CONSUMERS)
+    REGISTERS: gl.constexpr = consumer_registers(2)
     STAGED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, 64], OUT)
     stages = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, TOKENS, 64], x_desc.layout)
-    staged = gl.allocate_shared_memory(OUT, [CONSUMERS, TOKENS, 64], STAGED)
-    ready = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    memory = (stages, ready, empty, staged)
+    word_stages = gl.allocate_shared_memory(gl.int32, [WORD_STAGES * COUNT, 128, 8], slices_desc.layout)
+    staged = gl.allocate_shared_memory(OUT, [2, TOKENS, 64], STAGED)
+    ready, empty = barriers_of(NUM_STAGES)
+    words_ready, words_empty = barriers_of(WORD_STAGES)
+    acts = (stages, ready, empty)
+    words = (word_stages, words_ready, words_empty)
+    memory = (acts, words, staged)
     given = (weight, rows_ptr, y_ptr)
     # Constants are spelled out: one that goes by way of a variable is none any more.
-    # fmt: off
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (memory, given, place, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
-                (consume, (memory, given, place, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
-                (produce, (x_desc, memory, place, K_PADDED, TOKENS, NUM_STAGES)),
-            ],
-            [4, 1],
-            [REGISTERS[0], REGISTERS[1]],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (memory, given, place, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
-                (produce, (x_desc, memory, place, K_PADDED, TOKENS, NUM_STAGES)),
-            ],
-            [1],
-            [REGISTERS[1]],
-        )
-    # fmt: on
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.invalidate(ready.index(stage))
-        mbarrier.invalidate(empty.index(stage))
+    gl.warp_specialize(
+        [
+            (consume, (memory, given, place, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
+            (consume, (memory, given, place, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
+            (produce, (descs, memory, place, COUNT, TOKENS, K_PADDED, NUM_STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS[0], REGISTERS[1]],
+    )
+    invalidate(acts, NUM_STAGES)
+    invalidate(words, WORD_STAGES)

@@ -50,7 +50,7 @@ def supports(x: Tensor, spec: SliceSpec) -> str | None:
     """Return why `multiply` cannot take these activations with such weights, None where it can.
 
     Args:
-        x: [..., K]; only its dtype and device matter.
+        x: [..., K]; only its columns, dtype and device matter.
         spec: Widths, group and layout of the weights.
     """
     if not x.is_cuda or torch.version.hip is not None:
@@ -59,6 +59,8 @@ def supports(x: Tensor, spec: SliceSpec) -> str | None:
         return f"activations are {x.dtype}, not bfloat16 or float16"
     if not takes_slices(spec):
         return f"slices are {spec.widths} in {spec.layout}, not up to four of two bits in slice_major"
+    if not takes_columns(spec, x.shape[-1]):
+        return f"rows of {spec.padded(x.shape[-1])} columns cannot be copied in boxes: wanted a multiple of 64"
     found = capability(x.device)
     if found != CAPABILITY:
         return f"the GPU is sm_{found[0]}{found[1]}, not sm_90"
@@ -69,6 +71,11 @@ def supports(x: Tensor, spec: SliceSpec) -> str | None:
 def takes_slices(spec: SliceSpec) -> bool:
     """Say whether the kernel knows such slices."""
     return spec.in_bit_pairs
+
+
+def takes_columns(spec: SliceSpec, k: int) -> bool:
+    """Say whether rows of words begin at multiples of 16 bytes, as the copy engine wants them."""
+    return spec.padded(k) % 64 == 0
 
 
 def row_units(n: int, parts: int) -> tuple[int, ...]:
@@ -130,7 +137,7 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
-        slices_ptr=aligned(weight.slices),
+        slices_ptr=aligned(weight.slices.reshape(-1, spec.k // 16)),
         scale_ptr=weight.scale.contiguous(),
         zero_ptr=weight.zero.contiguous(),
         bias_ptr=None if weight.bias is None else weight.bias.contiguous(),

@@ -85,7 +85,7 @@ def test_products_are_those_of_rounded_weights(spec: SliceSpec, tokens: int, sma
     check(run(case, small), case)
 
 
-@pytest.mark.parametrize("k", [32, 96, 128, 160, 1000])
+@pytest.mark.parametrize("k", [33, 64, 128, 190, 1000])
 def test_columns(k: int) -> None:
     case = random_case(SliceSpec((2, 2, 2, 2), 32), 130, 136, k, dtype=torch.bfloat16, device="cuda", seed=k)
     for small in (False, True):

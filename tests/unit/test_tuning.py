@@ -162,13 +162,13 @@ class TestTimer:
         monkeypatch.setattr(workspace, "supports", lambda x, n, k: "too wide" if k > 4096 else None)
         monkeypatch.setattr(wiring, "by_workspace", lambda *args: seen.append(("workspace", *args)))
         monkeypatch.setattr(wiring, "fused_refusal", lambda x, spec: "too wide" if x.shape[1] > 4096 else None)
-        monkeypatch.setattr(wiring, "by_fused", lambda *args: seen.append(("fused", *args, None)))
+        monkeypatch.setattr(wiring, "by_fused", lambda *args: seen.append(("fused", *args)))
         monkeypatch.setattr(wiring, "by_integers", lambda *args: seen.append(("integer", *args)))
         return seen
 
     @pytest.mark.parametrize(
         ("path", "last"),
-        [(Path.INTEGER, Activation.A16), (Path.WORKSPACE, Prefill.ROUTED), (Path.FUSED, None)],
+        [(Path.INTEGER, Activation.A16), (Path.WORKSPACE, Prefill.ROUTED), (Path.FUSED, Prefill.ROUTED)],
         ids=str,
     )
     def test_calls_have_mixed_counts_and_bfloat16(self, calls: list[tuple], path: Path, last: object) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from mobiquant_compiler.codegen import boxes, specialise
-from mobiquant_compiler.codegen.configs import Target, fits, shared_bytes, wgmma_is_small, wgmma_spec
+from mobiquant_compiler.codegen.configs import Target, fits, wgmma_is_small, wgmma_spec
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
-from mobiquant_compiler.runtime.fused import takes_slices
+from mobiquant_compiler.runtime.fused import takes_columns, takes_slices
 from mobiquant_compiler.spec import Layout, SliceSpec
 
 H100 = Target.of(90)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("k", [32, 100, 576, 4096, 14336, 53248])
+@pytest.mark.parametrize("k", [64, 100, 576, 4096, 14336, 53248])
 @pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)])
 def test_both_tiles_fit_a_hopper(widths: tuple[int, ...], k: int, group: int) -> None:
     for small in (False, True):
@@ -22,13 +22,18 @@ def test_both_tiles_fit_a_hopper(widths: tuple[int, ...], k: int, group: int) ->
         assert fits(spec, H100)
         assert spec.k == SliceSpec(widths, group).padded(k)
         assert spec.block_n == 16 * spec.num_warps * spec.consumers, "a warp has sixteen rows"
+        assert boxes.box_of("slices_desc", spec).shape == (spec.block_n, 8), "words of a step"
         specialise.specialise(spec)
         boxes_of = [boxes.box_of(name, spec).shape[0] for name in ("x_desc", "x_half_desc")]
         assert boxes_of == [spec.block_m, spec.block_m // 2]
 
 
-def test_two_small_tiles_share_a_multiprocessor() -> None:
-    assert 2 * shared_bytes(wgmma_spec(SliceSpec(), 4096, H100, small=True)) <= H100.shared_bytes
+def test_rows_that_the_copy_engine_cannot_begin_at_are_refused() -> None:
+    """An odd number of groups of 32 columns: rows of words begin at odd multiples of eight bytes."""
+    spec = SliceSpec((2, 2), 32)
+    assert [takes_columns(spec, k) for k in (32, 33, 64, 96, 576)] == [False, True, True, False, True]
+    with pytest.raises(BadKernelSpec, match="multiples of 16 bytes"):
+        specialise.specialise(wgmma_spec(spec, 96, H100, small=False))
 
 
 @pytest.mark.parametrize(
@@ -47,17 +52,19 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "n", "small"),
+    ("tokens", "n", "slices", "small"),
     [
-        (65, 4096, True),
-        (256, 4096, True),
-        (512, 4096, False),
-        (1024, 4096, False),
-        (128, 28672, True),
-        (256, 28672, False),
-        (256, 14336, False),
+        (65, 4096, 4, True),
+        (256, 4096, 4, True),
+        (256, 4096, 1, True),
+        (512, 4096, 4, False),
+        (1024, 4096, 4, False),
+        (128, 28672, 4, True),
+        (256, 28672, 4, True),
+        (256, 28672, 1, False),
+        (256, 14336, 4, False),
     ],
 )
-def test_small_tiles_are_for_few_programs(tokens: int, n: int, small: bool) -> None:
-    """As measured on an H100, tokens alike and mixed together."""
-    assert wgmma_is_small(tokens, n, 4) is small
+def test_small_tiles_are_for_few_programs(tokens: int, n: int, slices: int, small: bool) -> None:
+    """As measured on an H100, tokens alike and mixed together, or alike alone where they cannot differ."""
+    assert wgmma_is_small(tokens, n, slices) is small

@@ -40,7 +40,7 @@ def sliced_wgmma(
     x_half_desc,
     rows_ptr,
     offsets_ptr,
-    slices_ptr,
+    slices_desc,
     scale_ptr,
     zero_ptr,
     bias_ptr,
@@ -64,14 +64,15 @@ def sliced_wgmma(
     """Multiply tokens, grouped by slice count, by a weight of which each uses the slices that its count says.
 
     A program has up to BLOCK_M tokens of one count, which it finds in the offsets, and BLOCK_N output rows, 64 for each
-    of CONSUMERS warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache
-    while weights stream by. A tile of at most half as many tokens takes products of half as many columns.
+    of two warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache while
+    weights stream by. A tile of at most half as many tokens takes products of half as many columns.
 
     Shapes: x [T, K_PADDED rounded up to 128], tokens in the order of their counts, columns as `operands.column_of`
         says, described in boxes of BLOCK_M and of half of it, by 64 columns; rows int32 [T], where each came from;
-        offsets int32 [NUM_SLICES + 1]; slices int32 [total_bits, n_rows, K_PADDED / 32]; scale, zero [n_rows, K_PADDED
-        / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units ROW_UNIT``: with a unit of 8, rows are
-        written 16 bytes at a time. Grid: ((ceil(T / BLOCK_M) + NUM_SLICES - 1) ceil(n_rows / BLOCK_N),).
+        offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of BLOCK_N
+        by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units
+        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time. Grid: ((ceil(T / BLOCK_M) + NUM_SLICES - 1)
+        ceil(n_rows / BLOCK_N),).
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
         scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
         of the code at a time; sums are float32, and rounded once with the bias.
@@ -80,8 +81,8 @@ def sliced_wgmma(
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
     gl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     gl.static_assert(BLOCK_M == 128 or BLOCK_M == 256, "a tile has 128 or 256 tokens")
-    gl.static_assert(CONSUMERS == 1 or CONSUMERS == 2, "one warpgroup multiplies, or two")
-    gl.static_assert(BLOCK_N == 64 * CONSUMERS and NUM_WARPS == 4, "a warpgroup multiplies 64 rows")
+    gl.static_assert(BLOCK_N == 128 and CONSUMERS == 2 and NUM_WARPS == 4, "each of two warpgroups multiplies 64 rows")
+    gl.static_assert(K_PADDED % 64 == 0, "rows of words are copied, which begin at multiples of 16 bytes")
     gl.static_assert(NUM_STAGES >= 2, "one stage is read while others are written")
     n_rows = row_units * ROW_UNIT
     tiles = (tokens + BLOCK_M - 1) // BLOCK_M + NUM_SLICES - 1
@@ -94,13 +95,13 @@ def sliced_wgmma(
         offsets_ptr=offsets_ptr, tile=band * BLOCK_W + inside % across, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M
     )
     narrow = (end - first <= BLOCK_M // 2).to(gl.int32)
-    weight = (slices_ptr, scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else slices_ptr)
+    weight = (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else scale_ptr)
     place = (first, end, first_row, n_rows)
     for shrink in gl.static_range(2):
         for count in gl.static_range(1, NUM_SLICES + 1):
             if (narrow == shrink) & (found == count):
                 sorted_tiles.multiply_tile(
-                    x_desc if shrink == 0 else x_half_desc,
+                    (x_desc if shrink == 0 else x_half_desc, slices_desc),
                     weight,
                     rows_ptr,
                     y_ptr,
@@ -110,6 +111,5 @@ def sliced_wgmma(
                     GROUP,
                     K_PADDED,
                     HAS_BIAS,
-                    CONSUMERS,
                     NUM_STAGES,
                 )
