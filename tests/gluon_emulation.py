@@ -90,6 +90,7 @@ class Barrier:
     def copy(self, box: Tensor, memory: Memory, pred: Any) -> None:
         """Ask for a copy, which spoils what is there at once."""
         if pred:
+            assert hasattr(reads, "waited"), "a copy before anything was waited for"
             reads.waited.guarded.add(memory.allocation)
             with self.changed:
                 memory.data.copy_(torch.full_like(memory.data.view(torch.int8), POISON).view(memory.data.dtype))

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
+from mobiquant_compiler.codegen.configs import MULTIPROCESSORS, Target, TokenClass, choose
 from mobiquant_compiler.spec import BATCH_TOKENS, Activation, Family, KernelSpec, SliceSpec
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies
 # Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these the programs of
 # `sliced_mma`, of 16 or 32 rows, keep more of them busy. Up to one for each two warpgroups share a program's columns.
-_LEAST_PROGRAMS, _LEAST_SMALL_PROGRAMS, _MULTIPROCESSORS = 96, 200, 132
+_LEAST_PROGRAMS, _LEAST_SMALL_PROGRAMS = 96, 200
 _SMALL, _LARGE = 16, 32  # tokens of programs
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
@@ -64,7 +64,7 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     programs = math.ceil(tokens / _LARGE) * blocks
     if programs < _LEAST_PROGRAMS:
         return None
-    return BatchTile(_LARGE, 2 if programs <= _MULTIPROCESSORS else 1)
+    return BatchTile(_LARGE, 2 if programs <= MULTIPROCESSORS else 1)
 
 
 def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
@@ -75,7 +75,7 @@ def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
         n: Output rows of all weights together; how many each has may differ.
         parts: Weights.
     """
-    most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (_MULTIPROCESSORS + 1)}.get(tokens, 0)
+    most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (MULTIPROCESSORS + 1)}.get(tokens, 0)
     counts = range(tokens.sample, most + 1, _SMALL)
     least = math.ceil(n / ROWS)
     found = {tile_of(count, blocks) for count in counts for blocks in range(least, least + parts)}

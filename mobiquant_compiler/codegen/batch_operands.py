@@ -67,9 +67,7 @@ def read_words(words, slot, COUNT: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.
         groups = of_groups(words.index(slot * COUNT + index).load(words_layout(GROUP, WARPS)))
         for which in gl.static_range(2):
             if GROUP == 128:
-                even, odd = gl.split(gl.reshape(groups[which], [groups[which].shape[0], 4, 2]))
-                found = found + (gl.convert_layout(even, EACH, assert_trivial=True),)
-                found = found + (gl.convert_layout(odd, EACH, assert_trivial=True),)
+                found = found + operands.split_words(groups[which], WARPS)
             else:
                 found = found + (gl.convert_layout(groups[which], EACH, assert_trivial=True),)
     return found

@@ -14,6 +14,7 @@ from mobiquant_compiler.spec import Activation, Family, KernelSpec
 # Parts of BLOCK_M that tiles of sliced_wgmma have; a box is as many tokens by 64 columns, 128 bytes.
 _HALVINGS = {"x_desc": 0, "x_half_desc": 1}
 _X_COLUMNS = 64
+_STEP_COLUMNS = 128  # of words that sliced_wgmma copies at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,13 @@ def box_of(parameter: str, spec: KernelSpec) -> Box:
     """
     if parameter in _HALVINGS:
         return Box((spec.block_m >> _HALVINGS[parameter], _X_COLUMNS), "", 16, 128)
-    if spec.family is Family.SLICED_WGMMA:
-        return Box((spec.block_n, 8), "i32", 32, 32)
     halves = 2 if spec.activation is Activation.A16 else 1
+    columns = _STEP_COLUMNS if spec.family is Family.SLICED_WGMMA else 2 * spec.group
     return {
         "acts_desc": Box((halves * spec.group // 64, spec.block_m, 128), "i8", 8, 128),
         "facts_desc": Box((2, 2 * spec.block_m), "fp32", 32, 0),
         "sums_desc": Box((2, spec.block_m), "i32", 32, 0),
-        "slices_desc": Box((spec.block_n, spec.group // 8), "i32", 32, spec.group // 2),
+        "slices_desc": Box((spec.block_n, columns // 16), "i32", 32, columns // 4),
     }[re.sub(r"\d", "", parameter)]
 
 

@@ -22,6 +22,7 @@ _SHARED_BYTES = {
     103: 232448,
     120: 101376,
 }
+MULTIPROCESSORS = 132  # of an H100, on which tiles were measured
 _OVERLAPS_FROM = 90  # compute capability of programmatic dependent launches
 _SCORED = 4096  # columns that a routing program has in flight at a time, at most
 _LONG = 8192  # columns above which a token gets wider programs: one of them reads all of it, to route
@@ -108,7 +109,8 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
 # long an H100 takes for the programs that it runs at a time: 4096 columns of two slices, in microseconds.
 _WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 128, 1, 4)
 _WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
-_WGMMA_PROGRAMS, _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 132, 45.0, 31.0
+_WGMMA_WAVE, _WGMMA_SMALL_WAVE = 45.0, 31.0
+_WORD_STAGES = 2  # as sorted_tiles has them
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
@@ -128,7 +130,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if spec.family is Family.BATCH_WGMMA:
         return _batch_bytes(spec)
     if spec.family is Family.SLICED_WGMMA:
-        words = 2 * 32 * spec.block_n * min(len(spec.widths), 4)
+        words = _WORD_STAGES * 32 * spec.block_n * min(len(spec.widths), 4)  # the template refuses more slices
         return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + words + 1024
     return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
 
@@ -287,7 +289,7 @@ def wgmma_is_small(tokens: int, n: int, slices: int) -> bool:
         blocks = -(-n // tile.block_n)
         alike = -(-tokens // tile.block_m)
         tiles = (alike, alike if slices == 1 else tokens / tile.block_m + slices / 2)
-        return sum(wave * math.ceil(count * blocks / _WGMMA_PROGRAMS) for count in tiles)
+        return sum(wave * math.ceil(count * blocks / MULTIPROCESSORS) for count in tiles)
 
     return cost(_WGMMA_SMALL_TILE, _WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, _WGMMA_WAVE)
 
@@ -306,8 +308,8 @@ def wgmma_spec(
         has_bias: Whether a bias is added.
 
     Raises:
-        BadKernelSpec: the widths or the layout are not those it knows.
-        KernelDoesNotFit: the tile does not fit the target.
+        KernelDoesNotFit: the tile does not fit the target. Widths, layouts and columns that the template does not know
+            are refused when it is specialised.
     """
     tile, padded = _WGMMA_SMALL_TILE if small else _WGMMA_TILE, weight.padded(k)
     across = _SHARED_ACTIVATIONS // (2 * tile.block_m * padded)
@@ -323,8 +325,7 @@ def wgmma_spec(
         block_w=1 << max(0, across.bit_length() - 1),
         num_warps=tile.num_warps,
         num_stages=_WGMMA_SMALL_STAGES if small else _WGMMA_STAGES,
-        consumers=tile.block_n // 64,
+        consumers=2,
         row_unit=row_unit,
-        max_registers=tile.max_registers,
     )
     return choose((spec,), target)

@@ -1,7 +1,7 @@
 """Packed words to operands of Hopper's tensor cores, in registers: what the fused prefill kernel is made of (Gluon).
 
 A lane of a quad feeds `wgmma` with columns ``2t, 2t + 1, 2t + 8, 2t + 9`` of every 16. In which order columns are
-summed is free, so activations are brought into the order in which lanes load words: of 128 columns, lane t has words
+summed is free, so activations are brought into the order in which lanes read words: of 128 columns, lane t has words
 ``2t`` and ``2t + 1`` of each slice, which is 32 columns and eight bytes in one run. `column_of` says which column
 stands at which place; `gather_tokens` writes activations so.
 """
@@ -253,11 +253,10 @@ def operand(fields, exponent, grid, LAYOUT: gl.constexpr, COUNT: gl.constexpr, D
 
 
 @gluon.jit
-def read_words(words, WARPS: gl.constexpr):
-    """Read words of 128 columns from shared memory, [rows, 8]; int32 [rows, 4] for the first 64 places and the rest."""
+def split_words(words, WARPS: gl.constexpr):
+    """Split a lane's words of 128 columns, [rows, 8]; int32 [rows, 4] for the first 64 places and for the rest."""
     EACH: gl.constexpr = word_layout(4, WARPS)
-    found = words.load(word_layout(8, WARPS))
-    even, odd = gl.split(gl.reshape(found, [found.shape[0], 4, 2]))
+    even, odd = gl.split(gl.reshape(words, [words.shape[0], 4, 2]))
     return gl.convert_layout(even, EACH, assert_trivial=True), gl.convert_layout(odd, EACH, assert_trivial=True)
 
 

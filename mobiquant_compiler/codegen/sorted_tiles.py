@@ -1,7 +1,7 @@
 """Tiles of tokens of one slice count: one warp copies, two warpgroups multiply (Gluon, sm_90).
 
-A consumer has 64 output rows and all tokens of the tile. While four products of 16 columns run, it makes the operands
-of the next four. Nothing but the barriers of the rings holds the two consumers together.
+A consumer has 64 output rows and all tokens of the tile. It makes operands of four products of 16 columns at a time,
+mostly while the other consumer's products run. Nothing but the barriers of the rings holds the two together.
 
 Activations and words come by the copy engine. A warp that loads its words itself touches eight lines with every load,
 for 32 bytes of each, and the path from the L1 cache that it keeps busy is the one by which products read activations.
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mobiquant_compiler.codegen import operands
 from mobiquant_compiler.codegen.batches import consumer_registers
 
-WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time
+WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time; `configs` counts their bytes
 
 
 @gluon.jit
@@ -37,16 +37,18 @@ def steps_of(place, K_PADDED: gl.constexpr):
 @gluon.jit
 def await_empty(ring, turn, STAGES: gl.constexpr):
     """Wait until the stage of a turn is free; returns its number."""
+    _, _, empty = ring
     slot = turn % STAGES
-    mbarrier.wait(ring[2].index(slot), ((turn // STAGES) & 1) ^ 1)
+    mbarrier.wait(empty.index(slot), ((turn // STAGES) & 1) ^ 1)
     return slot
 
 
 @gluon.jit
 def await_ready(ring, turn, STAGES: gl.constexpr):
     """Wait until the stage of a turn is filled; returns its number."""
+    _, ready, _ = ring
     slot = turn % STAGES
-    mbarrier.wait(ring[1].index(slot), (turn // STAGES) & 1)
+    mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
     return slot
 
 
@@ -60,23 +62,28 @@ def produce(
     K_PADDED: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
-    """Fill stages as they are emptied: of each step its words, then its activations."""
+    """Fill stages as they are emptied.
+
+    Of a step words come first: consumers read them before they give back stages that its activations wait for.
+    """
     x_desc, slices_desc = descs
     acts, words, _ = memory
+    x_stages, x_ready, _ = acts
+    word_stages, words_ready, _ = words
     first, _, first_row, n_rows = place
     for step in range(steps_of(place, K_PADDED)):
         slot = await_empty(words, step, WORD_STAGES)
-        bar = words[1].index(slot)
+        bar = words_ready.index(slot)
         mbarrier.expect(bar, COUNT * 128 * 32)
         for index in gl.static_range(COUNT):
-            target = words[0].index(slot * COUNT + index)
+            target = word_stages.index(slot * COUNT + index)
             tma.async_copy_global_to_shared(slices_desc, [index * n_rows + first_row, 8 * step], bar, target)
         for half in gl.static_range(2):
             stage = 2 * step + half
             slot = await_empty(acts, stage, NUM_STAGES)
-            bar = acts[1].index(slot)
+            bar = x_ready.index(slot)
             mbarrier.expect(bar, 128 * TOKENS)
-            tma.async_copy_global_to_shared(x_desc, [first, 64 * stage], bar, acts[0].index(slot))
+            tma.async_copy_global_to_shared(x_desc, [first, 64 * stage], bar, x_stages.index(slot))
 
 
 @gluon.jit
@@ -95,9 +102,9 @@ def four_operands(words, exponent, grid, LAYOUT: gl.constexpr, COUNT: gl.constex
 def multiply_stage(sums, weights, acts, stage, NUM_STAGES: gl.constexpr):
     """Begin to add the products of a stage, once it is there."""
     slot = await_ready(acts, stage, NUM_STAGES)
-    for place in gl.static_range(4):
-        x = acts[0].index(slot).slice(16 * place, 16, 1).permute((1, 0))
-        sums = warpgroup_mma(weights[place], x, sums, is_async=True)
+    for index in gl.static_range(4):
+        x = acts[0].index(slot).slice(16 * index, 16, 1).permute((1, 0))
+        sums = warpgroup_mma(weights[index], x, sums, is_async=True)
     return sums
 
 
@@ -118,7 +125,8 @@ def read_words(words, step, WHO: gl.constexpr, COUNT: gl.constexpr):
     first = ()
     second = ()
     for index in gl.static_range(COUNT):
-        even, odd = operands.read_words(words[0].index(slot * COUNT + index).slice(64 * WHO, 64), 4)
+        found = words[0].index(slot * COUNT + index).slice(64 * WHO, 64).load(operands.word_layout(8, 4))
+        even, odd = operands.split_words(found, 4)
         first = first + (even,)
         second = second + (odd,)
     return first, second
@@ -176,7 +184,8 @@ def consume(
         far = four_operands(far_words, exponent, grid, OPERAND, COUNT, DTYPE)
         sums = end_stage(sums, near, acts, 2 * step, NUM_STAGES)
         sums = multiply_stage(sums, far, acts, 2 * step + 1, NUM_STAGES)
-        # Of the next step; behind the last one come its own numbers again, for nothing.
+        # Of the next step. Behind the last one come its own numbers again, for nothing: their stage is never filled
+        # again, so it still is ready, and nobody waits for it to be empty.
         following = gl.minimum(step + 1, last)
         grid = operands.grid_of(scale, zero, COUNT, DTYPE)
         near_words, far_words = read_words(words, following, WHO, COUNT)

@@ -196,6 +196,21 @@ def test_a_captured_graph_follows_counts(tokens: int) -> None:
         check(y, case)
 
 
+def test_rows_that_cannot_be_copied_take_another_way() -> None:
+    """An odd number of groups of 32 columns; nothing is compiled that cannot run, and nothing after warming."""
+    spec, k = SPECS[2], 96
+    case = random_case(spec, 300, 264, k, dtype=torch.bfloat16, device="cuda")
+    assert "a multiple of 64" in str(wiring.fused_refusal(case.x, spec))
+    warming.warm_kernels(spec, 264, k, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
+    before = cache.compiled_kernels()
+    for prefill in (Prefill.ROUTED, Prefill.FULL):
+        if prefill is Prefill.FULL:
+            case.counts.fill_(spec.num_slices)
+        y = wiring.routed_linear(*case.arguments, spec, prefill=prefill)
+        torch.testing.assert_close(y.double(), case.expected(), atol=3e-2, rtol=3e-2)
+    assert cache.compiled_kernels() == before
+
+
 def test_calls_take_this_way_and_warmed_ones_compile_nothing() -> None:
     case = random_case(SPECS[0], 300, 264, 384, dtype=torch.bfloat16, device="cuda")
     warming.warm_kernels(SPECS[0], 264, 384, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""sliced_wgmma compiled without a GPU: products overlap with what makes their operands, and nothing spills."""
+"""sliced_wgmma compiled without a GPU: no product waits for one before, stages come back in time, nothing spills."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ H100 = Target.of(90)
 BODIES = 2 * 2  # two widths of tiles of tokens, two slice counts
 PRODUCTS = 8  # of 16 columns, in a step
 STAGES = 2  # of 64 columns, in a step
-STEPS = 2  # whose words are read: the first, before the loop, and the next
+READS = 2  # of words: those of the first step before the loop, and in it those of the next
 
 
 def spec_of(small: bool, k: int = 4096, has_bias: bool = False) -> KernelSpec:
@@ -68,11 +68,13 @@ def test_four_slices_fit_as_well(small: bool) -> None:
     spec = wgmma_spec(SliceSpec(), 4096, H100, small=small, row_unit=8)
     found = resources.measure(spec, 90)
     assert (found.fits, found.local_bytes, found.products) == (True, 0, 2 * spec.consumers * BODIES * PRODUCTS)
+    assert found.shared_bytes is not None
+    assert found.shared_bytes <= shared_bytes(spec)
 
 
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize(("k", "slices"), [(64, 2), (4096, 2), (576, 2), (4096, 4)])
-def test_four_products_run_while_the_next_operands_are_made(small: bool, k: int, slices: int) -> None:
+def test_products_are_not_serialized(small: bool, k: int, slices: int) -> None:
     """ptxas serializes products where it does not understand them: then each waits for all before it."""
     spec = wgmma_spec(SliceSpec((2,) * slices, 64), k, H100, small=small, row_unit=8)
     text = listing(spec)
@@ -94,7 +96,7 @@ def test_a_stage_is_given_back_when_its_products_are_done(small: bool) -> None:
     order = re.findall(names, ptx)
     given_back = [at for at, name in enumerate(order) if name == "mbarrier.arrive.shared"]
     words = [at for at in given_back if order[at - 2] == "fence.proxy.async"]
-    assert len(words) == spec.consumers * BODIES * STEPS
+    assert len(words) == spec.consumers * BODIES * READS
     assert len(given_back) - len(words) == spec.consumers * BODIES * STAGES
     for at in given_back:
         assert order[at - 1] == "bar.sync"

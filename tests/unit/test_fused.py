@@ -24,9 +24,9 @@ H100 = configs.Target.of(90)
 MANY = PREFILL_TOKENS + 1
 
 
-def tokens_on(device: str, tokens: int, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+def tokens_on(device: str, tokens: int, dtype: torch.dtype = torch.bfloat16, k: int = 4096) -> SimpleNamespace:
     """Return what a choice of path may look at, of activations on a device that need not be there."""
-    shape = torch.Size((tokens, 4096))
+    shape = torch.Size((tokens, k))
     return SimpleNamespace(
         is_cuda=device == "cuda", device=torch.device(device), dtype=dtype, shape=shape, numel=shape.numel
     )
@@ -73,21 +73,22 @@ def test_the_table_decides_between_ways_that_can_be_taken(
 
 
 @pytest.mark.parametrize(
-    ("spec", "device", "dtype", "cc", "words"),
+    ("spec", "device", "dtype", "cc", "k", "words"),
     [
-        (SPEC, "cpu", torch.bfloat16, (9, 0), "activations are on cpu"),
-        (SPEC, "cuda", torch.float32, (9, 0), "float32, not bfloat16 or float16"),
-        (SliceSpec((4, 2, 2)), "cuda", torch.bfloat16, (9, 0), r"slices are \(4, 2, 2\) in slice_major"),
-        (SliceSpec((2, 2), 64, Layout.BIT_MAJOR), "cuda", torch.bfloat16, (9, 0), "in bit_major"),
-        (SPEC, "cuda", torch.bfloat16, (8, 9), "the GPU is sm_89, not sm_90"),
-        (SPEC, "cuda", torch.bfloat16, (10, 0), "the GPU is sm_100, not sm_90"),
+        (SPEC, "cpu", torch.bfloat16, (9, 0), 4096, "activations are on cpu"),
+        (SPEC, "cuda", torch.float32, (9, 0), 4096, "float32, not bfloat16 or float16"),
+        (SliceSpec((4, 2, 2)), "cuda", torch.bfloat16, (9, 0), 4096, r"slices are \(4, 2, 2\) in slice_major"),
+        (SliceSpec((2, 2), 64, Layout.BIT_MAJOR), "cuda", torch.bfloat16, (9, 0), 4096, "in bit_major"),
+        (SliceSpec((2, 2), 32), "cuda", torch.bfloat16, (9, 0), 96, "rows of 96 columns .* a multiple of 64"),
+        (SPEC, "cuda", torch.bfloat16, (8, 9), 4096, "the GPU is sm_89, not sm_90"),
+        (SPEC, "cuda", torch.bfloat16, (10, 0), 4096, "the GPU is sm_100, not sm_90"),
     ],
 )
 def test_refusals_say_why_and_calls_go_another_way(
-    spec: SliceSpec, device: str, dtype: torch.dtype, cc: tuple[int, int], words: str, capability: list[int]
+    spec: SliceSpec, device: str, dtype: torch.dtype, cc: tuple[int, int], k: int, words: str, capability: list[int]
 ) -> None:
     capability[:] = cc
-    x = tokens_on(device, 500, dtype)
+    x = tokens_on(device, 500, dtype, k)
     assert re.search(words, str(wiring.fused_refusal(x, spec)))
     for prefill in Prefill:
         assert wiring.path_of(x, 4096, spec, prefill) is not Path.FUSED
@@ -184,25 +185,45 @@ def test_no_tokens_launch_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype", "cc", "parts", "families"),
+    ("spec", "dtype", "cc", "parts", "k", "families"),
     [
-        (SPEC, torch.bfloat16, 90, 1, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 2}),
-        (SPEC, torch.float16, 90, 3, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 4}),
-        (SPEC, torch.float32, 90, 1, {}),
-        (SPEC, torch.bfloat16, 100, 1, {}),
-        (SliceSpec((4, 2)), torch.bfloat16, 90, 1, {}),
+        (SPEC, torch.bfloat16, 90, 1, 4096, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 2}),
+        (SPEC, torch.float16, 90, 3, 4096, {Family.GATHER_TOKENS: 1, Family.SLICED_WGMMA: 4}),
+        (SPEC, torch.float32, 90, 1, 4096, {}),
+        (SPEC, torch.bfloat16, 100, 1, 4096, {}),
+        (SliceSpec((4, 2)), torch.bfloat16, 90, 1, 4096, {}),
+        (SliceSpec((2, 2), 32), torch.bfloat16, 90, 1, 96, {}),
     ],
     ids=str,
 )
 def test_launches_list_their_kernels(
-    spec: SliceSpec, dtype: torch.dtype, cc: int, parts: int, families: dict[Family, int]
+    spec: SliceSpec, dtype: torch.dtype, cc: int, parts: int, k: int, families: dict[Family, int]
 ) -> None:
-    one = Launch(spec, 4096, 4096, torch.device("cuda"), dtype, parts=parts)
+    one = Launch(spec, 4096, k, torch.device("cuda"), dtype, parts=parts)
     target, many = configs.Target.of(cc), [configs.TokenClass.MANY]
     found = [kernel.family for kernel in kernels_of(one, target, many, workspace=True)]
     for family in (Family.GATHER_TOKENS, Family.SLICED_WGMMA):
         assert found.count(family) == families.get(family, 0)
     assert Family.SLICED_WGMMA not in {kernel.family for kernel in kernels_of(one, target, many, workspace=False)}
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize(("prefill", "groups"), [(Prefill.ROUTED, 4), (Prefill.FULL, 1)], ids=str)
+def test_tiles_are_chosen_for_as_many_counts_as_tokens_can_have(
+    prefill: Prefill, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    k, tokens = 4096, MANY
+    gather = Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, k, configs.TokenClass.MANY, H100))
+    monkeypatch.setattr(wiring, "target_of", lambda device: H100)
+    monkeypatch.setattr(wiring, "gather_kernel", lambda *args: gather)
+    monkeypatch.setattr(wiring, "path_of", lambda *args: Path.FUSED)
+    monkeypatch.setattr(wiring, "fused_kernel", lambda *args, small, **facts: noted(16, k, small))
+    monkeypatch.setattr(wiring, "fused_is_small", lambda *args: asked.append(args) or True)
+    one, x = weight(16, k), torch.zeros(tokens, k, dtype=torch.bfloat16)
+    counts = torch.full((tokens,), 4, dtype=torch.int32)
+    wiring.routed_linears(x, counts, [one.slices], [one.scale], [one.zero], [None], SPEC, prefill=prefill)
+    assert asked == [(tokens, 16, groups)]
 
 
 def test_rows_that_a_table_leaves_out_never_take_it() -> None:

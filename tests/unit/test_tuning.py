@@ -189,7 +189,7 @@ class TestTimer:
     def test_full_calls_have_all_slices(self, calls: list[tuple], path: Path) -> None:
         tuning.device_timer(CPU)(path, 10, 48, 576, Prefill.FULL)
         assert calls[-1][2].tolist() == [4] * 10
-        assert calls[-1][-1] in (Prefill.FULL, None)
+        assert calls[-1][-1] is Prefill.FULL
 
     def test_all_paths_multiply_by_one_weight(self, calls: list[tuple]) -> None:
         timer = tuning.device_timer(CPU)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mobiquant_compiler.codegen import boxes, specialise
+from mobiquant_compiler.codegen import boxes, configs, specialise
 from mobiquant_compiler.codegen.configs import Target, fits, wgmma_is_small, wgmma_spec
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.runtime.fused import takes_columns, takes_slices
@@ -44,6 +44,11 @@ def test_slices_that_the_kernel_does_not_know_are_refused(widths: tuple[int, ...
     assert not takes_slices(spec)
     with pytest.raises(BadKernelSpec, match="kernel sliced_wgmma"):
         specialise.specialise(wgmma_spec(spec, 4096, H100, small=False))
+
+
+def test_stages_of_words_are_counted_as_there_are() -> None:
+    sorted_tiles = pytest.importorskip("mobiquant_compiler.codegen.sorted_tiles")
+    assert sorted_tiles.WORD_STAGES.value == configs._WORD_STAGES
 
 
 def test_older_multiprocessors_have_no_room_for_it() -> None:

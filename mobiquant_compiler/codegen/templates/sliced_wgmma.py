@@ -82,7 +82,7 @@ def sliced_wgmma(
     gl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     gl.static_assert(BLOCK_M == 128 or BLOCK_M == 256, "a tile has 128 or 256 tokens")
     gl.static_assert(BLOCK_N == 128 and CONSUMERS == 2 and NUM_WARPS == 4, "each of two warpgroups multiplies 64 rows")
-    gl.static_assert(K_PADDED % 64 == 0, "rows of words are copied, which begin at multiples of 16 bytes")
+    gl.static_assert(K_PADDED % 64 == 0, "a multiple of 64 columns: rows of words begin at multiples of 16 bytes")
     gl.static_assert(NUM_STAGES >= 2, "one stage is read while others are written")
     n_rows = row_units * ROW_UNIT
     tiles = (tokens + BLOCK_M - 1) // BLOCK_M + NUM_SLICES - 1
