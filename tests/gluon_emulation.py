@@ -90,7 +90,7 @@ class Barrier:
     def copy(self, box: Tensor, memory: Memory, pred: Any) -> None:
         """Ask for a copy, which spoils what is there at once."""
         if pred:
-            assert hasattr(reads, "waited"), "a copy before anything was waited for"
+            assert reads.waited is not None, "a copy before anything was waited for"
             reads.waited.guarded.add(memory.allocation)
             with self.changed:
                 memory.data.copy_(torch.full_like(memory.data.view(torch.int8), POISON).view(memory.data.dtype))
@@ -99,8 +99,7 @@ class Barrier:
 
     def arrive(self) -> None:
         """Arrive; the last one ends the phase: what was read may be copied over."""
-        unfenced = getattr(reads, "unfenced", set())
-        assert not unfenced & self.guarded, "a copy may be faster than reads that are under way"
+        assert not reads.unfenced & self.guarded, "a copy may be faster than reads that are under way"
         with self.changed:
             self.arrived = (self.arrived + 1) % self.count
             if self.arrived == 0:

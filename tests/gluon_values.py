@@ -159,7 +159,15 @@ class AnyLayout:
     get_default_for = __call__
 
 
-reads = threading.local()  # of a thread: allocations that it has read since it fenced, and the barrier it waited for
+class Reads(threading.local):
+    """What a thread has done: the allocations that it has read since it fenced, and the barrier that it waited for."""
+
+    def __init__(self) -> None:
+        self.unfenced: set[int] = set()
+        self.waited: Any = None
+
+
+reads = Reads()
 
 
 def fence() -> None:
@@ -206,7 +214,7 @@ class Memory:
 
     def load(self, layout: Any) -> Value:
         """Read all of it; a copy that is asked for later may still be faster, until there is a fence."""
-        reads.unfenced = getattr(reads, "unfenced", set()) | {self.allocation}
+        reads.unfenced.add(self.allocation)
         return Value(self.data.clone())
 
     def store(self, value: Value) -> None:

@@ -277,18 +277,18 @@ def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
     return k if n < _FEW_ROWS else min(k, 16 * weight.group)
 
 
-def wgmma_is_small(tokens: int, n: int, slices: int) -> bool:
+def wgmma_is_small(tokens: int, n: int, groups: int) -> bool:
     """Say whether a call of sliced_wgmma is faster with small tiles; pure.
 
     What counts is in how many waves its programs run. How many tiles tokens make depends on their counts, which only
-    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same. With
-    one count there is nothing to weigh.
+    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same. Of
+    one group, which is as many different counts as they can have, there is nothing to weigh.
     """
 
     def cost(tile: Tile, wave: float) -> float:
         blocks = -(-n // tile.block_n)
         alike = -(-tokens // tile.block_m)
-        tiles = (alike, alike if slices == 1 else tokens / tile.block_m + slices / 2)
+        tiles = (alike, alike if groups == 1 else tokens / tile.block_m + groups / 2)
         return sum(wave * math.ceil(count * blocks / MULTIPROCESSORS) for count in tiles)
 
     return cost(_WGMMA_SMALL_TILE, _WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, _WGMMA_WAVE)

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, aligned, capability, ceil_div
+from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, capability, ceil_div, rows_of_words
 from mobiquant_compiler.spec import Family, SliceSpec
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -137,7 +137,7 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
-        slices_ptr=aligned(weight.slices.reshape(-1, spec.k // 16)),
+        slices_ptr=rows_of_words(weight.slices, spec.k),
         scale_ptr=weight.scale.contiguous(),
         zero_ptr=weight.zero.contiguous(),
         bias_ptr=None if weight.bias is None else weight.bias.contiguous(),

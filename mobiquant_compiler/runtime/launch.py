@@ -244,13 +244,12 @@ def _rows_arguments(prepared: Prepared) -> dict[str, Any]:
 
 def _weight_arguments(spec: KernelSpec, mark: str, weight: Weight, y: Tensor) -> dict[str, Any]:
     """Return the arguments of a launch that are about one weight."""
-    slices = aligned(weight.slices)
-    assert slices is not None, "a weight has slices"
     if spec.family is Family.BATCH_WGMMA:
+        slices = rows_of_words(weight.slices, spec.k)
         assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
         rows = {f"row{mark}_units": weight.rows // spec.row_unit}
-        slices = slices.view(-1, spec.k // 16)  # a slice of two bits has 16 columns a word
     else:
+        slices = aligned(weight.slices)
         rows = {f"n{mark}_rows": weight.rows}
     return rows | {
         f"slices{mark}_ptr": slices,
@@ -269,6 +268,11 @@ def counts_of_offsets(offsets: Tensor, tokens: int) -> Tensor:
 
 def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def rows_of_words(slices: Tensor, k: int) -> Tensor | None:
+    """Return slices of two bits as rows, int32 [slices N, k / 16], as descriptors want them: 16 columns a word."""
+    return aligned(slices.reshape(-1, k // 16))
 
 
 def aligned(tensor: Tensor | None) -> Tensor | None:
