@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.configs import TokenClass
-from mobiquant_compiler.runtime import prefill
+from mobiquant_compiler.runtime import fused, prefill
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
@@ -63,7 +63,9 @@ def workspace_prefill(device: str) -> list[str]:
     wiring.route(case.x, router, router[1], hist, mask, "energy")
     wiring.prepare(case.x, router, router[1], hist, mask, spec)
     wrong = [] if int(hist.sum()) == 140 else [f"histogram counted {int(hist.sum())} tokens, not 140"]
-    if prefill.supports(case.x, 40, 256) is None:
+    if refusal := prefill.supports(case.x, 40, 256):
+        print(f"workspace: only routed: {refusal}")
+    else:
         weight = [wiring.Weight(*case.arguments[2:])]
         for how in (Prefill.ROUTED, Prefill.FULL):
             case.counts.fill_(3)
@@ -90,12 +92,17 @@ def trained_routers(device: str) -> list[str]:
 def fused_prefill(device: str) -> list[str]:
     """Run weights made in registers, in tiles of every width, where the device can."""
     wrong = []
-    for n, k in ((40, 256), (203, 160)):
-        case = integer_case(SPECS[0], 330, n, k, dtype=torch.bfloat16, bias=True, device=device)
-        if wiring.fused_refusal(case.x, SPECS[0]) is None:
-            (y,) = wiring.by_fused(case.x, case.counts, [wiring.Weight(*case.arguments[2:])], SPECS[0])
-            error = (y.double() - case.expected()).norm() / case.expected().norm()
-            wrong += [] if float(error) < 1e-2 else [f"fused, {n}x{k}: relative error {float(error):.1e}"]
+    for (n, k), small in product(((40, 256), (203, 160)), (True, False)):
+        case = integer_case(SPECS[0], 1100, n, k, dtype=torch.bfloat16, bias=True, device=device)
+        if refusal := wiring.fused_refusal(case.x, SPECS[0]):
+            print(f"fused: nothing was run: {refusal}")
+            return []
+        target = kernels.target_of(case.x.device)
+        kernel = kernels.fused_kernel(SPECS[0], k, target, small=small, row_unit=fused.row_unit(n), has_bias=True)
+        tokens = fused.gather(kernels.gather_kernel(SPECS[0], k, target), case.x, case.counts)
+        y = fused.multiply(kernel, tokens, wiring.Weight(*case.arguments[2:]))
+        error = (y.double() - case.expected()).norm() / case.expected().norm()
+        wrong += [] if float(error) < 1e-2 else [f"fused, {n}x{k}, small {small}: relative error {float(error):.1e}"]
     return wrong
 
 
