@@ -340,16 +340,20 @@ def helpers(program: tuple[int, ...] = (0,)) -> dict[str, Any]:
     return names
 
 
-def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
-    text = specialise.specialise(spec)
+def functions_of(text: str, program: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Return the functions of an emitted file as plain Python, as one program calls them."""
 
     def scalars(stop: Any) -> Iterator[Value]:
         return (Value(torch.tensor(number)) for number in range(int(operator.index(stop))))
 
+    return _executed(text, helpers(program) | {"range": scalars})
+
+
+def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
+    text = specialise.specialise(spec)
     for program in np.ndindex(*grid):
-        scope = _executed(text, helpers(program) | {"range": scalars})
-        kernel = scope[str(spec.family)]
+        kernel = functions_of(text, program)[str(spec.family)]
         wanted = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
         kernel(**{name: _argument(name, spec, arguments) for name in wanted})
 

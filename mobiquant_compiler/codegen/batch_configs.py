@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mobiquant_compiler.codegen.configs import MULTIPROCESSORS, Target, TokenClass, choose
-from mobiquant_compiler.spec import BATCH_TOKENS, Activation, Family, KernelSpec, SliceSpec
+from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
+from mobiquant_compiler.spec import BATCH_TOKENS, MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mobiquant_compiler.errors import KernelDoesNotFit
-from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
+from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
 
 # Dynamic shared memory a block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 _SHARED_BYTES = {
@@ -22,7 +22,6 @@ _SHARED_BYTES = {
     103: 232448,
     120: 101376,
 }
-MULTIPROCESSORS = 132  # of an H100, on which tiles were measured
 _OVERLAPS_FROM = 90  # compute capability of programmatic dependent launches
 _SCORED = 4096  # columns that a routing program has in flight at a time, at most
 _LONG = 8192  # columns above which a token gets wider programs: one of them reads all of it, to route

@@ -66,6 +66,8 @@ _FIXED = {
     "first_row": "i32",
     "rows": "i32",
     "row_units": "i32",
+    "tiles": "i32",
+    "at_once": "i32",
 }
 
 

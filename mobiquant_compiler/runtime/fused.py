@@ -4,9 +4,8 @@ Everything here can be captured into a CUDA graph: sizes follow from shapes, wha
 
 Numerics: weights are a code less its middle, times the scale, plus an offset, in the dtype of the activations: scale,
 offset and weight are rounded, of four slices in bfloat16 in two steps (in float16 what is below 6e-5 loses bits). Sums
-are float32; bias is added before they are rounded. The order of a sum depends on nothing but the number of columns and
-the tile, so a token's result does not depend on what the tokens beside it hold; it may on how many of them share its
-count.
+are float32; bias is added before they are rounded. The order of a sum depends on nothing but the number of columns, so
+a token's result depends neither on the tokens beside it nor on the tile that it is in.
 """
 
 from __future__ import annotations
@@ -18,7 +17,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mobiquant_compiler.runtime.launch import LaunchableKernel, Weight, capability, ceil_div, rows_of_words
+from mobiquant_compiler.runtime.launch import (
+    LaunchableKernel,
+    Weight,
+    capability,
+    ceil_div,
+    multiprocessors,
+    rows_of_words,
+)
 from mobiquant_compiler.spec import Family, SliceSpec
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -118,22 +124,25 @@ def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredToken
     return GatheredTokens(gathered, rows, offsets)
 
 
-def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -> Tensor:
+def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight, *, at_once: int | None = None) -> Tensor:
     """Multiply each token by the weight of its slice count; returns [T, N] in the order before gathering.
 
     Args:
         kernel: sliced_wgmma.
         tokens: What `gather` gave for as many columns.
         weight: Its rows are a multiple of the kernel's ``row_unit``.
+        at_once: Programs that run at a time, the device's multiprocessors by default: where as many are enough, tiles
+            have half the tokens. What a token gets does not depend on it.
     """
     spec = kernel.spec
     assert spec.family is Family.SLICED_WGMMA, f"{spec.family} multiplies no gathered tokens"
     assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
     y = torch.empty(tokens.tokens, weight.rows, dtype=tokens.x.dtype, device=tokens.x.device)
-    # Of groups that end inside a tile there is one less than there are groups, at most.
-    tiles = ceil_div(tokens.tokens, spec.block_m) + len(spec.widths) - 1
+    at_once = multiprocessors(tokens.x.device) if at_once is None else at_once
+    blocks = ceil_div(weight.rows, spec.block_n)
+    tiles = most_tiles(tokens.tokens, len(spec.widths), spec.block_m, at_once // blocks)
     kernel.launch(
-        (tiles * ceil_div(weight.rows, spec.block_n),),
+        (tiles * blocks,),
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
@@ -142,10 +151,21 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         zero_ptr=weight.zero.contiguous(),
         bias_ptr=None if weight.bias is None else weight.bias.contiguous(),
         y_ptr=y,
-        tokens=tokens.tokens,
+        tiles=tiles,
+        at_once=at_once,
         row_units=weight.rows // spec.row_unit,
     )
     return y
+
+
+def most_tiles(tokens: int, groups: int, block_m: int, together: int) -> int:
+    """Return how many tiles there are at most, however many tokens each of the groups has.
+
+    Of groups that end inside a tile there is one less than there are groups. Tiles of half the tokens are more, but
+    only made where no more than `together` of them are needed.
+    """
+    ends = groups - 1
+    return max(ceil_div(tokens, block_m) + ends, min(ceil_div(tokens, block_m // 2) + ends, together))
 
 
 def fused_linears(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import TooManyRows
-from mobiquant_compiler.spec import Activation, Family, KernelSpec
+from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,6 +107,14 @@ def takes(x: Tensor) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has, and those of an H100 for other devices."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

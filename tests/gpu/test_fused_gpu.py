@@ -25,6 +25,8 @@ pytestmark = [
 ]
 SPECS = (SliceSpec((2, 2, 2, 2), 128), SliceSpec((2, 2, 2, 2), 64), SliceSpec((2, 2, 2), 32), SliceSpec((2,), 64))
 TOKENS = (65, 100, 256, 1000)
+# Small tiles or large ones, and programs that run at a time: never enough for all tiles to be narrow, or always.
+TILES = ((False, 1), (True, 1), (False, 10**6), (True, 10**6))
 NAN = float("nan")
 
 
@@ -47,8 +49,8 @@ def with_rounded_weights(case: Case) -> Tensor:
     return y if case.bias is None else y + case.bias.double()
 
 
-def run(case: Case, small: bool | None = None) -> Tensor:
-    """Run the fused linear of a case with memory that is NaN before; large or small tiles, or those that calls take."""
+def run(case: Case, small: bool | None = None, at_once: int | None = None) -> Tensor:
+    """Run the fused linear of a case with memory that is NaN before, in one of `TILES` or those that calls take."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         weight, target = Weight(*case.arguments[2:]), wiring.target_of(case.x.device)
@@ -63,7 +65,8 @@ def run(case: Case, small: bool | None = None) -> Tensor:
             row_unit=fused.row_unit(weight.rows),
             has_bias=weight.bias is not None,
         )
-        return fused.multiply(kernel, fused.gather(gather_kernel(case.spec, k, target), case.x, case.counts), weight)
+        tokens = fused.gather(gather_kernel(case.spec, k, target), case.x, case.counts)
+        return fused.multiply(kernel, tokens, weight, at_once=at_once)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -74,33 +77,33 @@ def check(y: Tensor, case: Case) -> None:
     torch.testing.assert_close(y.double(), with_rounded_weights(case), rtol=1.01 * rounding, atol=2e-4)
 
 
-@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("small", "at_once"), TILES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_products_are_those_of_rounded_weights(spec: SliceSpec, tokens: int, small: bool) -> None:
+def test_products_are_those_of_rounded_weights(spec: SliceSpec, tokens: int, small: bool, at_once: int) -> None:
     """Rows that are no multiple of a tile, of eight or even; a last step of less than 128 columns."""
     case = random_case(spec, tokens, 203, 704, dtype=torch.bfloat16, device="cuda", seed=tokens)
-    check(run(case, small), case)
+    check(run(case, small, at_once), case)
     case = replace(random_case(spec, tokens, 512, 704, dtype=torch.bfloat16, device="cuda", seed=tokens), bias=None)
-    check(run(case, small), case)
+    check(run(case, small, at_once), case)
 
 
 @pytest.mark.parametrize("k", [33, 64, 128, 190, 1000])
 def test_columns(k: int) -> None:
     case = random_case(SliceSpec((2, 2, 2, 2), 32), 130, 136, k, dtype=torch.bfloat16, device="cuda", seed=k)
-    for small in (False, True):
-        check(run(case, small), case)
+    for small, at_once in TILES:
+        check(run(case, small, at_once), case)
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_every_number_of_tokens_in_a_group(small: bool) -> None:
+@pytest.mark.parametrize(("small", "at_once"), TILES)
+def test_every_number_of_tokens_in_a_group(small: bool, at_once: int) -> None:
     """Tiles of every width, full and nearly empty, at the beginning and at the end."""
     case = random_case(SPECS[0], 1200, 130, 256, dtype=torch.bfloat16, device="cuda")
     for sizes in ((1, 63, 64, 65), (127, 128, 129, 1), (255, 256, 257, 32), (33, 0, 513, 511), (0, 0, 0, 66)):
         counts = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(sizes)).int()
         counts = counts[torch.randperm(len(counts))].cuda()
         part = replace(case, x=case.x[: len(counts)], counts=counts)
-        check(run(part, small), part)
+        check(run(part, small, at_once), part)
 
 
 @pytest.mark.parametrize("counts", [(1,), (4,), (1, 4), (2, 3), (3,), (1, 2, 3, 4)], ids=str)
@@ -108,33 +111,39 @@ def test_counts_that_no_token_has(counts: tuple[int, ...]) -> None:
     for tokens in TOKENS:
         case = random_case(SPECS[0], tokens, 520, 1024, dtype=torch.bfloat16, device="cuda", seed=len(counts))
         case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
-        check(run(case), case)
+        for small, at_once in TILES:
+            check(run(case, small, at_once), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    case = random_case(SPECS[0], 300, 264, 512, dtype=dtype, scale_dtype=scale_dtype, device="cuda")
-    y, wanted = run(case), case.expected()
-    assert y.dtype is dtype
+    case = random_case(SPECS[0], 1000, 264, 512, dtype=dtype, scale_dtype=scale_dtype, device="cuda")
+    wanted = case.expected()
     atol, rtol, _ = WORKSPACE_TOLERANCES[dtype]
-    torch.testing.assert_close(y.double(), wanted, atol=atol, rtol=rtol)
-    assert (y.double() - wanted).norm() <= FUSED_RMS[dtype] * wanted.norm()
+    for small, at_once in TILES:
+        y = run(case, small, at_once)
+        assert y.dtype is dtype
+        torch.testing.assert_close(y.double(), wanted, atol=atol, rtol=rtol)
+        assert (y.double() - wanted).norm() <= FUSED_RMS[dtype] * wanted.norm()
 
 
-def test_a_large_product() -> None:
-    case = random_case(SPECS[0], 2000, 4104, 4096, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("tokens", [2000, 500, 250])
+def test_large_products_in_the_tiles_that_calls_take(tokens: int) -> None:
+    case = random_case(SPECS[0], tokens, 4104, 4096, dtype=torch.bfloat16, device="cuda")
+    check(run(case), case)
+    case.counts.fill_(3)
     check(run(case), case)
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_a_call_gives_the_same_bits_every_time(small: bool) -> None:
-    """Stages that were overwritten while products still read them would show as differences now and then."""
+@pytest.mark.parametrize(("small", "at_once"), TILES)
+def test_a_call_gives_the_same_bits_every_time(small: bool, at_once: int) -> None:
+    """In all tiles. Stages overwritten while products still read them would show as differences now and then."""
     case = random_case(SPECS[0], 1000, 1032, 4096, dtype=torch.bfloat16, device="cuda")
-    first = run(case, small)
+    first = run(case)
     check(first, case)
     for _ in range(50):
-        assert torch.equal(run(case, small), first)
+        assert torch.equal(run(case, small, at_once), first)
 
 
 def test_linears_that_share_their_tokens() -> None:
@@ -180,16 +189,17 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
         wiring.by_fused(case.x, case.counts, weights, case.spec)
 
 
-@pytest.mark.parametrize("tokens", [65, 1000])
-def test_a_captured_graph_follows_counts(tokens: int) -> None:
-    case = random_case(SPECS[0], tokens, 520, 512, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize(("tokens", "n"), [(65, 520), (1000, 520), (250, 4104), (500, 4104)])
+def test_a_captured_graph_follows_counts(tokens: int, n: int) -> None:
+    """With 4104 rows alike tokens have narrow tiles, and unlike ones wide ones as well."""
+    case = random_case(SPECS[0], tokens, n, 512, dtype=torch.bfloat16, device="cuda")
     weights = [Weight(*case.arguments[2:])]
     wiring.by_fused(case.x, case.counts, weights, case.spec)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         (y,) = wiring.by_fused(case.x, case.counts, weights, case.spec)
-    for counts in ((1,), (4,), (2, 4), (1, 2, 3, 4)):
+    for counts in ((1,), (1, 4, 4), (4,), (2, 4), (1, 2, 3, 4)):
         case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
         y.fill_(NAN)
         graph.replay()

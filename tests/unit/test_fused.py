@@ -138,11 +138,22 @@ def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "n", "small", "grid"),
-    [(65, 128, False, 4), (256, 129, False, 8), (257, 128, False, 5), (65, 64, True, 4), (129, 129, True, 10)],
+    ("tokens", "n", "small", "tiles"),
+    [
+        (256, 16896, False, 4),
+        (257, 16896, False, 5),
+        (65, 16896, True, 4),
+        (129, 17000, True, 5),
+        (65, 128, True, 5),  # narrow: two and three more
+        (65, 128, False, 4),
+        (257, 128, False, 6),
+        (512, 4096, True, 7),  # four run at a time, of narrow ones as well
+        (250, 4096, True, 5),  # seven of narrow ones are too many at a time
+        (200, 2816, True, 6),  # and all but one
+    ],
 )
-def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool, grid: int) -> None:
-    """Tiles of tokens, one more for each further count, times tiles of rows."""
+def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool, tiles: int) -> None:
+    """Tiles of tokens, one more for each further count, times tiles of rows; narrow ones where they run at a time."""
     k = 200
     gathered = fused.GatheredTokens(
         torch.zeros(tokens, 256, dtype=torch.float16),
@@ -153,9 +164,9 @@ def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool
     y = fused.multiply(kernel, gathered, weight(n, k))
     assert (y.shape, y.dtype) == ((tokens, n), torch.float16)
     ((found, arguments),) = kernel.launches
-    assert found == (grid,)
+    assert found == (tiles * -(-n // 128),)
+    assert (arguments["tiles"], arguments["at_once"]) == (tiles, 132)
     assert arguments["row_units"] * kernel.spec.row_unit == n
-    assert arguments["tokens"] == tokens
     assert arguments["bias_ptr"] is None
 
 

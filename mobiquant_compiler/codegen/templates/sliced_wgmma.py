@@ -7,11 +7,21 @@ from mobiquant_compiler.codegen import sorted_tiles
 
 
 @gluon.jit
-def find_tile(offsets_ptr, tile, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
+def narrow_tiles(offsets_ptr, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Return how many tiles there are if all are narrow, of half of BLOCK_M tokens."""
+    tiles = gl.to_tensor(0)
+    for index in gl.static_range(NUM_SLICES):
+        size = gl.load(offsets_ptr + index + 1) - gl.load(offsets_ptr + index)
+        tiles += (size + BLOCK_M // 2 - 1) // (BLOCK_M // 2)
+    return tiles
+
+
+@gluon.jit
+def find_tile(offsets_ptr, tile, halved, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
     """Return slice count, first token and end of the group of a tile of tokens; count 0 where there is no such tile.
 
-    A group is cut into tiles of BLOCK_M tokens. Those that are more than half full come first, so that the shortest
-    programs are the last ones.
+    A group is cut into tiles of BLOCK_M tokens, and a last one of half as many where that will do. Wide tiles come
+    first, so that the shortest programs are the last ones. Where they are `halved` all tiles are narrow.
     """
     found = gl.to_tensor(0)
     first = gl.to_tensor(0)
@@ -20,21 +30,19 @@ def find_tile(offsets_ptr, tile, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr
         for index in gl.static_range(NUM_SLICES):
             start = gl.load(offsets_ptr + (NUM_SLICES - 1 - index))
             stop = gl.load(offsets_ptr + (NUM_SLICES - index))
-            wide = (stop - start + BLOCK_M // 2 - 1) // BLOCK_M
+            here = gl.where(halved, 0, (stop - start + BLOCK_M // 2 - 1) // BLOCK_M)
             if narrow:
-                here = (stop - start + BLOCK_M - 1) // BLOCK_M - wide
-                start += wide * BLOCK_M
-            else:
-                here = wide
+                start += here * BLOCK_M
+                here = (stop - start + BLOCK_M // 2 - 1) // (BLOCK_M // 2)
             if (tile >= 0) & (tile < here):
                 found = NUM_SLICES - index
-                first = start + tile * BLOCK_M
+                first = start + tile * (BLOCK_M >> narrow)
                 end = stop
             tile -= here
     return found, first, end
 
 
-@gluon.jit(do_not_specialize=("scale_ptr", "zero_ptr", "bias_ptr", "tokens", "row_units"))
+@gluon.jit(do_not_specialize=("scale_ptr", "zero_ptr", "bias_ptr", "tiles", "at_once", "row_units"))
 def sliced_wgmma(
     x_desc,
     x_half_desc,
@@ -45,7 +53,8 @@ def sliced_wgmma(
     zero_ptr,
     bias_ptr,
     y_ptr,
-    tokens,
+    tiles,
+    at_once,
     row_units,
     WIDTHS: gl.constexpr,
     NUM_SLICES: gl.constexpr,
@@ -65,14 +74,15 @@ def sliced_wgmma(
 
     A program has up to BLOCK_M tokens of one count, which it finds in the offsets, and BLOCK_N output rows, 64 for each
     of two warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache while
-    weights stream by. A tile of at most half as many tokens takes products of half as many columns.
+    weights stream by. A tile of at most half as many tokens takes products of half as many columns, and all tiles do
+    where programs of those are no more than run at a time.
 
     Shapes: x [T, K_PADDED rounded up to 128], tokens in the order of their counts, columns as `operands.column_of`
         says, described in boxes of BLOCK_M and of half of it, by 64 columns; rows int32 [T], where each came from;
         offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of BLOCK_N
         by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units
-        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time. Grid: ((ceil(T / BLOCK_M) + NUM_SLICES - 1)
-        ceil(n_rows / BLOCK_N),).
+        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as there are;
+        at_once, programs that run at a time. Grid: (tiles ceil(n_rows / BLOCK_N),).
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
         scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
         of the code at a time; sums are float32, and rounded once with the bias.
@@ -85,31 +95,37 @@ def sliced_wgmma(
     gl.static_assert(K_PADDED % 64 == 0, "a multiple of 64 columns: rows of words begin at multiples of 16 bytes")
     gl.static_assert(NUM_STAGES >= 2, "one stage is read while others are written")
     n_rows = row_units * ROW_UNIT
-    tiles = (tokens + BLOCK_M - 1) // BLOCK_M + NUM_SLICES - 1
     blocks = (n_rows + BLOCK_N - 1) // BLOCK_N
     band = gl.program_id(0) // (BLOCK_W * blocks)
     inside = gl.program_id(0) - band * (BLOCK_W * blocks)
     across = gl.minimum(tiles - band * BLOCK_W, BLOCK_W)
     first_row = inside // across * BLOCK_N
+    halved = narrow_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M) * blocks <= at_once
     found, first, end = find_tile(
-        offsets_ptr=offsets_ptr, tile=band * BLOCK_W + inside % across, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M
+        offsets_ptr=offsets_ptr,
+        tile=band * BLOCK_W + inside % across,
+        halved=halved,
+        NUM_SLICES=NUM_SLICES,
+        BLOCK_M=BLOCK_M,
     )
-    narrow = (end - first <= BLOCK_M // 2).to(gl.int32)
+    narrow = (halved | (end - first <= BLOCK_M // 2)).to(gl.int32)
     weight = (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else scale_ptr)
     place = (first, end, first_row, n_rows)
+    # One condition in the other: the two of them joined by `&` cost ten instructions a step in the bodies (ptxas).
     for shrink in gl.static_range(2):
-        for count in gl.static_range(1, NUM_SLICES + 1):
-            if (narrow == shrink) & (found == count):
-                sorted_tiles.multiply_tile(
-                    (x_desc if shrink == 0 else x_half_desc, slices_desc),
-                    weight,
-                    rows_ptr,
-                    y_ptr,
-                    place,
-                    count,
-                    BLOCK_M >> shrink,
-                    GROUP,
-                    K_PADDED,
-                    HAS_BIAS,
-                    NUM_STAGES,
-                )
+        if narrow == shrink:
+            for count in gl.static_range(1, NUM_SLICES + 1):
+                if found == count:
+                    sorted_tiles.multiply_tile(
+                        (x_desc if shrink == 0 else x_half_desc, slices_desc),
+                        weight,
+                        rows_ptr,
+                        y_ptr,
+                        place,
+                        count,
+                        BLOCK_M >> shrink,
+                        GROUP,
+                        K_PADDED,
+                        HAS_BIAS,
+                        NUM_STAGES,
+                    )
