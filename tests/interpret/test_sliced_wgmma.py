@@ -120,10 +120,9 @@ def finders_of(groups: int) -> dict[str, Any]:
 
 def tiles_of(sizes: Sequence[int], halved: bool) -> list[tuple[int, ...]]:
     """Return the tiles that programs find in groups of these sizes: count, narrow, first token, end of the group."""
-    offsets = Pointer(torch.tensor([0, *accumulate(sizes)]))
+    find_tile, offsets = finders_of(len(sizes))["find_tile"], Pointer(torch.tensor([0, *accumulate(sizes)]))
     found: list[tuple[int, ...]] = []
     while not found or found[-1][0]:
-        find_tile = finders_of(len(sizes))["find_tile"]
         one = find_tile(offsets_ptr=offsets, tile=scalar(len(found)), halved=scalar(halved))
         count, first, end = (int(raw(value)) for value in one)
         found.append((count, int(halved or end - first <= 128), first, end))
