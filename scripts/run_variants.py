@@ -143,6 +143,9 @@ def main(names: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in PARTS]:
         print(f"no part is named {unknown[0]}; there are {', '.join(PARTS)}")
         return 2
+    if not torch.cuda.is_available():
+        print("torch finds no CUDA device; wanted one of sm_80 or later. On the CPU `make test-interpret` runs kernels.")
+        return 2
     wrong = [line for name in names or PARTS for line in PARTS[name]("cuda")]
     torch.cuda.synchronize()
     print("\n".join(wrong) or f"all variants agree with the reference: {', '.join(names or PARTS)}")

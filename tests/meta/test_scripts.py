@@ -36,6 +36,7 @@ def script(name: str) -> ModuleType:
 
 
 style, tables, suites = script("check_style"), script("readme_tables"), script("run_tests")
+variants = script("run_variants")
 
 
 class TestStyle:
@@ -224,3 +225,14 @@ class TestProject:
 
         assert mobiquant_compiler.__version__ == PROJECT["project"]["version"]
         assert f"## {mobiquant_compiler.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+class TestVariants:
+    def test_names_of_parts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert variants.main(["fuse"]) == 2
+        assert "no part is named fuse; there are blocks, fused," in capsys.readouterr().out
+
+    def test_no_gpu_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(variants.torch.cuda, "is_available", lambda: False)
+        assert variants.main(["fused"]) == 2
+        assert capsys.readouterr().out.startswith("torch finds no CUDA device; wanted one of sm_80 or later.")

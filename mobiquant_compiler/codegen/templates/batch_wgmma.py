@@ -7,7 +7,7 @@ from mobiquant_compiler.codegen import batches
 
 
 @gluon.jit
-def wait_for_kernel_before():
+def overlap_with_neighbours():
     """Let the next kernel begin, and wait for the work of the one before (programmatic dependent launch)."""
     gl.inline_asm_elementwise(
         "mov.b32 $0, 0; griddepcontrol.launch_dependents; griddepcontrol.wait;",
@@ -157,7 +157,7 @@ def batch_wgmma(
     descs = (acts_desc, facts_desc, (sums_desc,) if NUM_SLICES == 4 else (), slices_descs)
     place = (gl.program_id(0) * BLOCK_M, block * BLOCK_N, n_rows, part)
     if OVERLAP:
-        wait_for_kernel_before()
+        overlap_with_neighbours()
     most, least = batches.counts_between(counts_ptr, place[0], tokens, NUM_SLICES, BLOCK_M, NUM_WARPS)
     for count in gl.static_range(1, NUM_SLICES + 1):
         # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
