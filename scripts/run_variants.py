@@ -144,7 +144,7 @@ def main(names: Sequence[str]) -> int:
         print(f"no part is named {unknown[0]}; there are {', '.join(PARTS)}")
         return 2
     if not torch.cuda.is_available():
-        print("torch finds no CUDA device; wanted one of sm_80 or later. On the CPU `make test-interpret` runs kernels.")
+        print("torch finds no CUDA device; wanted one of sm_80 or later. On a CPU run `make test-interpret`.")
         return 2
     wrong = [line for name in names or PARTS for line in PARTS[name]("cuda")]
     torch.cuda.synchronize()
