@@ -77,6 +77,7 @@ def multiply_kernel(
     *,
     has_bias: bool = False,
     parts: int = 1,
+    scale_bytes: int = 2,
 ) -> Kernel:
     """Return the kernel that multiplies a class of token counts by weights of `n` output rows together."""
     from mobiquant_compiler.codegen import cache, configs, toolchain
@@ -92,6 +93,7 @@ def multiply_kernel(
             activation=activation,
             has_bias=has_bias,
             parts=parts,
+            scale_bytes=scale_bytes,
             emulate=toolchain.interpreting(),
         )
     )

@@ -170,7 +170,11 @@ def kernels_of(
     found += _batch_kernels(launch, target, counts, workspace=workspace)
     for count in counts:
         facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
-        found.append(kernel_spec(Family.SLICED_MMA, spec, k, count, target, n=launch.n, emulate=emulate, **facts))
+        size = launch.scale_dtype.itemsize
+        own = kernel_spec(
+            Family.SLICED_MMA, spec, k, count, target, n=launch.n, scale_bytes=size, emulate=emulate, **facts
+        )
+        found.append(own)
     if workspace:
         for sorted_rows in (True, False):
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))

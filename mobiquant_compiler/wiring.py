@@ -105,6 +105,7 @@ def multiply_kernel_for(
         activation,
         has_bias=weights[0].bias is not None,
         parts=len(weights),
+        scale_bytes=weights[0].scale.element_size(),
     )
 
 

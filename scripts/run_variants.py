@@ -125,9 +125,25 @@ def blocks_of_tokens(device: str) -> list[str]:
     return wrong
 
 
+def words_ahead(device: str) -> list[str]:
+    """Run few tokens from tile to tile of rows, with words ahead in shared memory, where the device does that."""
+    wrong = []
+    for n, k in ((4_333, 3_000), (4_250, 8_192)):
+        case = integer_case(SPECS[0], 7, n, k, bias=True, largest=1, device=device)
+        for count in (None, 1, 2, 3, 4):
+            if count is not None:
+                case.counts.fill_(count)
+            name = f"7 tokens, {n} x {k}, slices {count or 'mixed'}"
+            wrong += check(name, wiring.routed_linear(*case.arguments, SPECS[0]), case)
+        y = wiring.routed_linear(*case.arguments, SPECS[0], Activation.A8)
+        wrong += [] if bool(y.isfinite().all()) else [f"{name}, a8: not finite"]
+    return wrong
+
+
 # Those that take longest first.
 PARTS = {
     "blocks": blocks_of_tokens,
+    "rings": words_ahead,
     "fused": fused_prefill,
     "routers": trained_routers,
     "workspace": workspace_prefill,

@@ -110,6 +110,7 @@ _WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 128, 1, 4)
 _WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
 _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 45.0, 31.0
 _WORD_STAGES = 2  # as sorted_tiles has them
+_RINGS_ON, _STATIC_BYTES = 90, 48 << 10  # where rings were measured; what a kernel may declare of shared memory
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
@@ -117,11 +118,14 @@ def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
-    - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
+    - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts. With rings those, sums
+      and scales, of 32 bits where there is room for such.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
     - sliced_wgmma: stages of 64 columns of activations, two of 128 columns of words, the tile of outputs, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
+    if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
+        return 4096 + max(ring_bytes(len(spec.widths), spec.k // spec.group, size) for size in (2, 4))
     if spec.family is Family.SLICED_MMA:
         return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
@@ -190,6 +194,7 @@ def kernel_spec(
     long: bool = False,
     sorted_rows: bool = True,
     token_rows: bool = False,
+    scale_bytes: int = 2,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
@@ -202,14 +207,12 @@ def kernel_spec(
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
     hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
-    early = 0 if not overlap else _prefetched(weight, n, weight.padded(k), tokens) if mma else k if hidden else 0
+    ahead = mma and not emulate and has_rings(weight, n, k, tokens, target, scale_bytes)
+    tiles = (_network_tile(weight, k, hidden, long),) if hidden else _tiles(family, weight, k, tokens)
     specs = (
         KernelSpec(
-            family=family,
-            widths=weight.widths,
-            group=weight.group,
-            layout=weight.layout,
-            k=weight.padded(k),
+            family,
+            *(weight.widths, weight.group, weight.layout, weight.padded(k)),
             activation=activation,
             has_bias=has_bias and mma,
             parts=parts if mma else 1,
@@ -224,15 +227,35 @@ def kernel_spec(
             block_w=tile.block_w,
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
+            num_stages=1 + ahead,
             overlap=overlap,
-            prefetch=early,
+            prefetch=0 if not overlap else _prefetched(weight, n, k, tokens) if mma else k if hidden else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
             emulate=emulate and (mma or hidden > 0),
         )
-        for tile in ((_network_tile(weight, k, hidden, long),) if hidden else _tiles(family, weight, k, tokens))
+        for tile in tiles
     )
     return choose(tuple(specs), target)
+
+
+def has_rings(weight: SliceSpec, n: int, k: int, tokens: TokenClass, target: Target, scale_bytes: int) -> bool:
+    """Say whether programs of sliced_mma go from tile to tile of rows, with words ahead in shared memory; pure.
+
+    Measured on an H100: it pays where there are more tiles than programs run at a time, and where the L1 cache has room
+    for the activations of eight tokens. Scales are copied by 256 threads, 16 bytes each (`codegen/rings`).
+    """
+    groups = weight.padded(k) // weight.group
+    if target.cc != _RINGS_ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != 128:
+        return False
+    copied = groups > 16 and groups * scale_bytes % 16 == 0 and groups * scale_bytes <= 128
+    held = ring_bytes(weight.num_slices, groups, scale_bytes) <= _STATIC_BYTES
+    return n > 32 * MULTIPROCESSORS and k <= _LONG and copied and held
+
+
+def ring_bytes(slices: int, groups: int, scale_bytes: int) -> int:
+    """Return the shared memory of a program with rings (`rings.places`): rings, sums of a tile, scales of two; pure."""
+    return 8192 * slices + 4096 + 64 * (groups * scale_bytes + 16)
 
 
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
@@ -273,6 +296,7 @@ def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
     """
     if tokens not in (TokenClass.ONE, TokenClass.FEW, TokenClass.SOME):
         return 0
+    k = weight.padded(k)
     return k if n < _FEW_ROWS else min(k, 16 * weight.group)
 
 

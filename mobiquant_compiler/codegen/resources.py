@@ -16,6 +16,7 @@ from mobiquant_compiler.spec import KernelSpec
 
 _REGISTERS = 65536  # of a multiprocessor, for every target
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+_DECLARED = re.compile(r"(?<!\.extern )\.shared \.align \d+ \.b8 \w+\[(\d+)\]")  # beside what a launch gives
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z]\w*)", re.MULTILINE)
 _PRODUCTS = ("IMMA", "HMMA", "HGMMA", "IGMMA")
 
@@ -62,7 +63,8 @@ def measure(spec: KernelSpec, cc: int, dtypes: Dtypes | None = None) -> Resource
         binary = cache.compile_for(spec, cc, dtypes)
     except TritonMissing as error:
         return Resources(fits=fits(spec, target), note=str(error))
-    shared, ptx = int(binary.metadata.shared), str(binary.asm["ptx"])
+    ptx = str(binary.asm["ptx"])
+    shared = int(binary.metadata.shared) + sum(map(int, _DECLARED.findall(ptx)))
     tool = toolchain.cuobjdump()
     listing = "" if tool is None else _listing(tool, binary.asm["cubin"])
     usage = _USAGE.search(listing)

@@ -272,6 +272,50 @@ def many_tokens_step(
     for tile in tl.static_range(len(chunks)):
         words = words + (device.split_words(chunks[tile][0], lane % 4, COUNT, WIDTHS, LAYOUT, GROUP, 2, EMULATE),)
         grids = grids + (chunks[tile][1],)
+    return add_pair(
+        sums,
+        acts,
+        words,
+        grids,
+        pair,
+        lane,
+        blocks,
+        shrinks,
+        most,
+        COUNT,
+        WHOLE,
+        ALIKE,
+        WIDTHS,
+        LAYOUT,
+        GROUP,
+        K_PADDED,
+        ACTIVATION,
+        EMULATE,
+    )
+
+
+@triton.jit
+def add_pair(
+    sums,
+    acts,
+    words,
+    grids,
+    pair,
+    lane,
+    blocks,
+    shrinks,
+    most,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add a pair of groups; by tile, words are what `device.split_words` gives, grids (scale, scale, zero, zero)."""
     for which in tl.static_range(2):
         first = products.existing(2 * pair + which, K_PADDED // GROUP) * blocks[1]
         ats = ()

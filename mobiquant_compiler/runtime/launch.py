@@ -22,6 +22,7 @@ from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelS
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+_REGISTERS = 65536  # of a multiprocessor
 MOST_BLOCKS = 65535  # programs of a grid's second axis (CUDA programming guide, table of limits)
 
 
@@ -200,13 +201,17 @@ def _scratch(spec: KernelSpec, blocks: int, device: torch.device) -> tuple[Tenso
     return lanes[0] if halves else lanes, lanes[1] if halves == 2 else lanes[:0], None
 
 
-def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight]) -> list[Tensor]:
+def multiply(
+    kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight], *, at_once: int | None = None
+) -> list[Tensor]:
     """Launch sliced_mma or batch_wgmma: multiply prepared tokens by every weight, each by the slices its count says.
 
     Args:
         kernel: sliced_mma for tokens as lanes load them, batch_wgmma for rows.
         prepared: What `prepare` gave for as many columns.
         weights: Of batch_wgmma, with rows that are a multiple of its ``row_unit``.
+        at_once: Programs that a device runs at a time, where they go from one tile of rows to the next; by default as
+            many as there are registers for.
 
     Returns:
         [..., N] a weight, in the dtype of the activations.
@@ -225,9 +230,17 @@ def multiply(kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Wei
     own = _rows_arguments(prepared) if spec.family is Family.BATCH_WGMMA else _lanes_arguments(prepared)
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own |= _weight_arguments(spec, str(number or ""), weight, y)
+    if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
+        blocks = min(blocks, at_once or programs_at_once(spec, device))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)
     return ys
+
+
+def programs_at_once(spec: KernelSpec, device: torch.device) -> int:
+    """Return how many programs a device runs at a time, of a kernel whose registers are what limits them."""
+    assert spec.max_registers, "a limit of registers is part of the spec"
+    return multiprocessors(device) * (_REGISTERS // (32 * spec.num_warps * spec.max_registers))
 
 
 def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:

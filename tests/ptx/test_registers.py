@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mobiquant_compiler.codegen import cache as kernels
-from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
+from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, shared_bytes
+from mobiquant_compiler.codegen.resources import measure
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 from tests.kernel_cases import spec_id
 
@@ -77,6 +78,25 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
         stored, loaded = spills(body)
         assert stored <= 0.01 * len(body), f"{stored} stores of {len(body)} instructions"
         assert loaded <= 0.02 * len(body), f"{loaded} loads of {len(body)} instructions"
+
+
+@pytest.mark.parametrize("k", [3000, 4096, 8192])
+def test_words_ahead_take_no_exchange_of_lanes(k: int, cuobjdump: str) -> None:
+    """Lanes read their share of words from shared memory; what is declared of it is what is laid out."""
+    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336)
+    assert spec.num_stages == 2
+    bodies = [loop for loop in loops(disassembled(spec, 90, cuobjdump, "-sass")) if any("IMMA" in i for i in loop)]
+    assert len(bodies) >= 7, "a body for every count, and one more where tokens differ"
+    for body in bodies:
+        assert any("LDGSTS" in i for i in body), "words of the next step are asked for"
+        assert not any("SHFL" in i for i in body)
+        assert sum(spills(body)) <= 0.02 * len(body), f"{spills(body)} of {len(body)} instructions"
+    assert kernels.compile_for(spec, 90).asm["ptx"].count("mobiquant_ring[") == 1, "memory is reserved once"
+    usage = disassembled(spec, 90, cuobjdump, "-res-usage")
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
+    own = measure(spec, 90).shared_bytes
+    assert own > 8192 * 4, "what is declared counts"
+    assert int(re.search(r"SHARED:(\d+)", usage)[1]) - 1024 <= own <= shared_bytes(spec), "1 KB is the driver's"
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, tiles
+from mobiquant_compiler.codegen import device, parts, rings, tiles
 
 
 @triton.jit
@@ -22,35 +22,93 @@ def counts_between(counts_ptr, tokens, BLOCK_M: tl.constexpr, NUM_SLICES: tl.con
 
 
 @triton.jit
-def which_part(block, n_rows, n1_rows, n2_rows, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return which weight a program works on, and which of that weight's blocks of rows."""
-    part = 0
+def of_each(p0, p1, p2, p3, PARTS: tl.constexpr):
+    """Return the arguments of the launch's weights as a tuple."""
+    found = (p0,)
     if PARTS > 1:
-        start = tl.cdiv(n_rows, BLOCK_N)
-        part += (block >= start).to(tl.int32)
-        begin = tl.where(block >= start, start, 0)
-        if PARTS > 2:
-            start += tl.cdiv(n1_rows, BLOCK_N)
-            part += (block >= start).to(tl.int32)
-            begin = tl.where(block >= start, start, begin)
-        if PARTS > 3:
-            start += tl.cdiv(n2_rows, BLOCK_N)
-            part += (block >= start).to(tl.int32)
-            begin = tl.where(block >= start, start, begin)
-        block -= begin
-    return part, block
+        found = found + (p1,)
+    if PARTS > 2:
+        found = found + (p2,)
+    if PARTS > 3:
+        found = found + (p3,)
+    return found
 
 
 @triton.jit
-def of_part(part, p0, p1, p2, p3, PARTS: tl.constexpr):
-    """Return the argument of the weight `part`."""
-    if PARTS > 1:
-        p0 = tl.where(part == 1, p1, p0)
-    if PARTS > 2:
-        p0 = tl.where(part == 2, p2, p0)
-    if PARTS > 3:
-        p0 = tl.where(part == 3, p3, p0)
-    return p0
+def multiply_by_count(
+    acts,
+    weights,
+    weight,
+    tile,
+    WIDTHS: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Take the body for the largest count of the program's tokens.
+
+    weights are what `rings` calls so; weight is (slices, scale, zero, bias) of the program's own, and tile (pointer to
+    counts, output, first row, thread numbers, tokens, rows in all).
+    """
+    # One token needs no share of words between lanes where a quad multiplies two groups at once.
+    ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
+    # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
+    BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
+    counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
+    most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
+    if NUM_STAGES > 1:
+        SIZE: tl.constexpr = weight[1].dtype.element_ty.primitive_bitwidth // 8
+        ring = rings.reserve(NUM_SLICES, K_PADDED // GROUP, SIZE)
+    for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
+        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
+        for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
+            taken = most == count if BODIES else True
+            if BODIES and BLOCK_M > 1 and count > 1:
+                taken = taken & ((least == most) == (alike == 1))
+            if taken:
+                if NUM_STAGES > 1:
+                    rings.multiply_tiles(
+                        acts,
+                        weights,
+                        (counts_ptr, tid, most, tokens),
+                        ring,
+                        count,
+                        alike == 1,
+                        WIDTHS,
+                        GROUP,
+                        LAYOUT,
+                        K_PADDED,
+                        ACTIVATION,
+                        HAS_BIAS,
+                    )
+                else:
+                    tiles.multiply_program(
+                        acts,
+                        weight,
+                        (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
+                        (BLOCK_M + 7) // 8,
+                        BLOCK_N // (16 * ROW_TILES),
+                        ROW_TILES,
+                        count,
+                        BODIES,
+                        ONE,
+                        alike == 1,
+                        WIDTHS,
+                        GROUP,
+                        LAYOUT,
+                        K_PADDED,
+                        ACTIVATION,
+                        HAS_BIAS,
+                        EMULATE,
+                    )
 
 
 # Arguments of which no value changes an instruction here are left out of what Triton makes variants of.
@@ -100,6 +158,7 @@ def sliced_mma(
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -127,20 +186,22 @@ def sliced_mma(
         2 * ROW_TILES * NUM_WARPS <= BLOCK_N and 8 * ROW_TILES * NUM_WARPS >= BLOCK_N, "2 to 8 warps share"
     )
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
-    # One token needs no share of words between lanes where a quad multiplies two groups at once.
-    ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
-    # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
-    BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
-    part, rows_block = which_part(
-        block=tl.program_id(1), n_rows=n_rows, n1_rows=n1_rows, n2_rows=n2_rows, PARTS=PARTS, BLOCK_N=BLOCK_N
-    )
-    slices_ptr = of_part(part=part, p0=slices_ptr, p1=slices1_ptr, p2=slices2_ptr, p3=slices3_ptr, PARTS=PARTS)
-    scale_ptr = of_part(part=part, p0=scale_ptr, p1=scale1_ptr, p2=scale2_ptr, p3=scale3_ptr, PARTS=PARTS)
-    zero_ptr = of_part(part=part, p0=zero_ptr, p1=zero1_ptr, p2=zero2_ptr, p3=zero3_ptr, PARTS=PARTS)
-    y_ptr = of_part(part=part, p0=y_ptr, p1=y1_ptr, p2=y2_ptr, p3=y3_ptr, PARTS=PARTS)
-    n_rows = of_part(part=part, p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
+    rows = of_each(p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
+    slices_ptrs = of_each(p0=slices_ptr, p1=slices1_ptr, p2=slices2_ptr, p3=slices3_ptr, PARTS=PARTS)
+    scale_ptrs = of_each(p0=scale_ptr, p1=scale1_ptr, p2=scale2_ptr, p3=scale3_ptr, PARTS=PARTS)
+    zero_ptrs = of_each(p0=zero_ptr, p1=zero1_ptr, p2=zero2_ptr, p3=zero3_ptr, PARTS=PARTS)
+    y_ptrs = of_each(p0=y_ptr, p1=y1_ptr, p2=y2_ptr, p3=y3_ptr, PARTS=PARTS)
+    bias_ptrs = y_ptrs
     if HAS_BIAS:
-        bias_ptr = of_part(part=part, p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
+        bias_ptrs = of_each(p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
+    part, rows_block = parts.which_part(tl.program_id(1), rows, BLOCK_N)
+    weight = (
+        parts.of_part(part, slices_ptrs),
+        parts.of_part(part, scale_ptrs),
+        parts.of_part(part, zero_ptrs),
+        parts.of_part(part, bias_ptrs),
+    )
+    rows_here = parts.of_part(part, rows)
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
     if OVERLAP:
@@ -148,33 +209,24 @@ def sliced_mma(
         gdc_launch_dependents()
         if PREFETCH > 0:
             device.prefetch_base(
-                slices_ptr, program_row, tid, n_rows, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
+                weight[0], program_row, tid, rows_here, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
             )
         gdc_wait()
-    most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
-    for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
-        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
-        for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
-            taken = most == count if BODIES else True
-            if BODIES and BLOCK_M > 1 and count > 1:
-                taken = taken & ((least == most) == (alike == 1))
-            if taken:
-                tiles.multiply_program(
-                    (high_ptr, low_ptr, affine_ptr),
-                    (slices_ptr, scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else y_ptr),
-                    (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
-                    (BLOCK_M + 7) // 8,
-                    BLOCK_N // (16 * ROW_TILES),
-                    ROW_TILES,
-                    count,
-                    BODIES,
-                    ONE,
-                    alike == 1,
-                    WIDTHS,
-                    GROUP,
-                    LAYOUT,
-                    K_PADDED,
-                    ACTIVATION,
-                    HAS_BIAS,
-                    EMULATE,
-                )
+    multiply_by_count(
+        acts=(high_ptr, low_ptr, affine_ptr),
+        weights=(slices_ptrs, scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows),
+        weight=weight,
+        tile=(counts_ptr, parts.of_part(part, y_ptrs), program_row, tid, tokens, rows_here),
+        WIDTHS=WIDTHS,
+        NUM_SLICES=NUM_SLICES,
+        GROUP=GROUP,
+        LAYOUT=LAYOUT,
+        K_PADDED=K_PADDED,
+        ACTIVATION=ACTIVATION,
+        HAS_BIAS=HAS_BIAS,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        ROW_TILES=ROW_TILES,
+        NUM_STAGES=NUM_STAGES,
+        EMULATE=EMULATE,
+    )

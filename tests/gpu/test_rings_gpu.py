@@ -1,0 +1,124 @@
+"""Few tokens from tile to tile of rows, with words ahead in shared memory: the bits of a kernel that does neither."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mobiquant_compiler import wiring
+from mobiquant_compiler.codegen import cache
+from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
+from mobiquant_compiler.kernels import prepare_kernel, target_of
+from mobiquant_compiler.runtime import launch
+from mobiquant_compiler.runtime.launch import Prepared, Weight
+from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
+from tests.kernel_cases import Case, random_case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+WHERE, SPEC = "cuda", SliceSpec((2, 2, 2, 2), 128)
+FULL_CHAINS, UNEVEN_CHAINS = 4096, 3000  # the last step of 24 groups is one of four chains
+ENOUGH_ROWS = 8192  # that rings are chosen; tests have fewer
+
+
+def chosen(spec: SliceSpec, k: int, rows: int, **options: object) -> KernelSpec:
+    """Return the kernel for eight tokens and so many rows."""
+    return kernel_spec(Family.SLICED_MMA, spec, k, TokenClass.of(8), target_of(torch.device(WHERE)), n=rows, **options)
+
+
+@pytest.fixture(autouse=True)
+def rings_are_chosen() -> None:
+    """Skip where no kernel has rings."""
+    if chosen(SPEC, FULL_CHAINS, ENOUGH_ROWS).num_stages == 1:
+        pytest.skip("rings are for sm_90")
+
+
+def quantized(case: Case, activation: Activation = Activation.A16) -> Prepared:
+    """Return a case's tokens in fixed point."""
+    target = target_of(case.x.device)
+    kernel = prepare_kernel(case.spec, case.x.shape[1], target, activation, route=False, quantize=True)
+    return launch.prepare(kernel, case.x, counts=case.counts)
+
+
+def compare(spec: SliceSpec, k: int, prepared: Prepared, weights: Sequence[Weight], **options: object) -> list[Tensor]:
+    """Multiply by kernels with rings, of few programs and of as many as there are, and without; return the results."""
+    facts = {"scale_bytes": weights[0].scale.element_size(), "parts": len(weights)} | options
+    facts["has_bias"] = weights[0].bias is not None
+    with_rings, without = chosen(spec, k, ENOUGH_ROWS, **facts), chosen(spec, k, 0, **facts)
+    assert (with_rings.num_stages, without.num_stages) == (2, 1)
+    wanted = launch.multiply(cache.load(without), prepared, weights)
+    for at_once in (1, 3, None):
+        found = launch.multiply(cache.load(with_rings), prepared, weights, at_once=at_once)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), f"{at_once} programs"
+    return wanted
+
+
+def weight_of(case: Case) -> Weight:
+    """Return the weight of a case."""
+    return Weight(case.slices, case.scale, case.zero, case.bias)
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("k", [FULL_CHAINS, UNEVEN_CHAINS])
+def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
+    for tokens, rows in ((2, 16), (5, 150), (8, 1003)):
+        case = random_case(SPEC, tokens, rows, k, dtype=torch.bfloat16, device=WHERE, seed=tokens)
+        prepared = quantized(case, activation)
+        for counts in (case.counts, *(torch.full_like(case.counts, count) for count in (1, 2, 3, 4))):
+            compare(SPEC, k, wiring.with_counts(prepared, counts), [weight_of(case)], activation=activation)
+        case.counts.fill_(2)[0] = 1
+        compare(SPEC, k, wiring.with_counts(prepared, case.counts), [weight_of(case)], activation=activation)
+
+
+@pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2)], ids=str)
+def test_fewer_slices_have_smaller_rings(widths: tuple[int, ...]) -> None:
+    spec = SliceSpec(widths, 128)
+    for k in (8192, FULL_CHAINS):
+        case = random_case(spec, 7, 333, k, device=WHERE)
+        compare(spec, k, quantized(case), [replace(weight_of(case), bias=None)])
+
+
+def test_scales_of_32_bits() -> None:
+    for k in (FULL_CHAINS, UNEVEN_CHAINS):
+        case = random_case(SPEC, 6, 200, k, scale_dtype=torch.float32, device=WHERE)
+        compare(SPEC, k, quantized(case), [weight_of(case)])
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_siblings_of_any_rows(parts: int) -> None:
+    cases = [random_case(SPEC, 8, rows, FULL_CHAINS, device=WHERE, seed=rows) for rows in (40, 333, 16, 1000)[:parts]]
+    compare(SPEC, FULL_CHAINS, quantized(cases[0]), [weight_of(case) for case in cases])
+
+
+def test_eight_thousand_columns_again_and_again() -> None:
+    """Sums of tiles take turns in one place there; what is written over too early differs now and then."""
+    case = random_case(SPEC, 8, 5000, 8192, dtype=torch.bfloat16, device=WHERE)
+    prepared = quantized(case)
+    (wanted,) = compare(SPEC, 8192, prepared, [weight_of(case)])
+    kernel = cache.load(chosen(SPEC, 8192, ENOUGH_ROWS, has_bias=True))
+    for _ in range(50):
+        assert torch.equal(launch.multiply(kernel, prepared, [weight_of(case)])[0], wanted)
+
+
+def test_a_linear_takes_them_under_a_graph_whatever_the_counts() -> None:
+    case = random_case(SPEC, 8, 6000, FULL_CHAINS, dtype=torch.bfloat16, device=WHERE)
+    tokens = [replace(case, x=case.x[i : i + 1], counts=case.counts[i : i + 1].clone()) for i in range(8)]
+    alone = [wiring.routed_linear(*token.arguments, SPEC) for token in tokens]
+    counts = case.counts.clone()
+    wiring.routed_linear(*case.arguments, SPEC)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = wiring.routed_linear(*case.arguments, SPEC)
+    for fill in (1, 4, 2, None):
+        case.counts.copy_(counts if fill is None else torch.full_like(counts, fill))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.isfinite(y).all()
+    assert torch.equal(y, torch.cat(alone)), "as each token alone"
