@@ -17,6 +17,13 @@ MULTIPROCESSORS = 132  # of an H100, on which tiles were measured
 PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
 BATCH_TOKENS = 9  # calls of fewer are never multiplied by batch_wgmma
 MAX_SIBLINGS = 4  # linears of one launch
+_MOST_PARTS = 8  # of a program of sliced_wgmma: more take longer to add up than they save
+_PART_COLUMNS = 4 * 128  # that a part has at least: four steps
+
+
+def most_parts(columns: int) -> int:
+    """Return into how many parts programs of sliced_wgmma may cut padded columns; 1 where they are too few."""
+    return max(1, min(_MOST_PARTS, -(-columns // 128) * 128 // _PART_COLUMNS))
 
 
 class Layout(StrEnum):
