@@ -30,6 +30,15 @@ WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time; `configs
 
 
 @gluon.jit
+def steps_of(share, K_PADDED: gl.constexpr):
+    """Return the number of steps of a share.
+
+    That they are not many saves instructions for turns of rings; a single one must not be known: it would be unrolled.
+    """
+    return gl.minimum(share[1], (K_PADDED + 127) // 128 + 1)
+
+
+@gluon.jit
 def await_empty(ring, turn, STAGES: gl.constexpr):
     """Wait until the stage of a turn is free; returns its number."""
     _, _, empty = ring
@@ -55,6 +64,7 @@ def produce(
     share,
     COUNT: gl.constexpr,
     TOKENS: gl.constexpr,
+    K_PADDED: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
     """Fill stages as they are emptied.
@@ -67,7 +77,7 @@ def produce(
     word_stages, words_ready, _ = words
     first, _, first_row, n_rows = place
     begin = share[0]
-    for step in range(share[1]):
+    for step in range(steps_of(share, K_PADDED)):
         slot = await_empty(words, step, WORD_STAGES)
         bar = words_ready.index(slot)
         mbarrier.expect(bar, COUNT * 128 * 32)
@@ -166,7 +176,7 @@ def consume(
     DTYPE: gl.constexpr = acts[0].dtype
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
-    begin, last = share[0], share[1] - 1
+    begin, last = share[0], steps_of(share, K_PADDED) - 1
     group_at = operands.group_offsets(first_row, n_rows, GROUP, K_PADDED, 4)
     at = (scale_ptr + group_at, zero_ptr + group_at)
     exponent = operands.exponents_of(first_row, n_rows, DTYPE, 4)
@@ -287,7 +297,7 @@ def multiply_tile(
              (memory, given, place, share, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES, MOST_PARTS)),
             (consume,
              (memory, given, place, share, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES, MOST_PARTS)),
-            (produce, (descs, memory, place, share, COUNT, TOKENS, NUM_STAGES)),
+            (produce, (descs, memory, place, share, COUNT, TOKENS, K_PADDED, NUM_STAGES)),
         ],
         [4, 1],
         [REGISTERS[0], REGISTERS[1]],
