@@ -25,8 +25,8 @@ pytestmark = [
 ]
 SPECS = (SliceSpec((2, 2, 2, 2), 128), SliceSpec((2, 2, 2, 2), 64), SliceSpec((2, 2, 2), 32), SliceSpec((2,), 64))
 TOKENS = (65, 100, 256, 1000)
-# Small tiles or large ones, and programs that run at a time: waves that are always full, that are not, and a single one.
-# Programs of 1024 columns and more are split in the last two.
+# Small tiles or large ones, and programs that run at a time: waves that are always full, that are not, and a single
+# one. Programs of 1024 columns and more are split in the last two.
 TILES = ((False, 1), (True, 1), (False, 7), (True, 7), (False, 400), (True, 400))
 NAN = float("nan")
 
