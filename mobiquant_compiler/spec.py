@@ -26,6 +26,19 @@ def most_parts(columns: int) -> int:
     return max(1, min(_MOST_PARTS, -(-columns // 128) * 128 // _PART_COLUMNS))
 
 
+def split_programs(programs: int, at_once: int, columns: int) -> tuple[int, int, int]:
+    """Return how programs of sliced_wgmma run, `at_once` at a time: as `split_columns.share_of` says.
+
+    Returns:
+        How many are whole, how many are the rest, which fills no wave, and into how many parts each of these is cut.
+    """
+    rest, most = programs % at_once, most_parts(columns)
+    parts = min(at_once // max(rest, 1), most)
+    if parts == 1 and most >= 3 and 3 * rest <= 2 * at_once:
+        parts = 3
+    return programs - rest, rest, parts
+
+
 class Layout(StrEnum):
     """How the codes of a slice lie in memory (design section 4)."""
 

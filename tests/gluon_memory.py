@@ -1,4 +1,4 @@
-"""Memory that programs share, as weakly ordered as a GPU may have it: what is stored is seen by those who waited for it.
+"""Memory that programs share, as weakly ordered as a GPU may have it: what is stored is seen by who waited for it.
 
 A store spoils what it writes to. What was stored comes to be there when it is acquired, by way of a number that the
 thread that stored it released afterwards, and at the latest when the launch ends. So programs that run one after the

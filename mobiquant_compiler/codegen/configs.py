@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mobiquant_compiler.errors import KernelDoesNotFit
-from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec, most_parts
+from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec, split_programs
 
 # Dynamic shared memory a block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 _SHARED_BYTES = {
@@ -300,11 +300,11 @@ def wgmma_is_small(tokens: int, n: int, k: int, groups: int) -> bool:
 
 def _waves_cost(programs: int, k: int, wave: float, part: float) -> float:
     """Return how long programs take whose last wave is split as `split_columns.share_of` does, each part added."""
-    full, rest = divmod(programs, MULTIPROCESSORS)
+    whole, rest, parts = split_programs(programs, MULTIPROCESSORS, k)
+    full = whole // MULTIPROCESSORS
     if rest == 0:
         return wave * full
-    parts = min(MULTIPROCESSORS // rest, most_parts(k))
-    return wave * (full + 1 / parts) + part * (parts - 1)
+    return wave * (full + math.ceil(rest * parts / MULTIPROCESSORS) / parts) + part * (parts - 1)
 
 
 def wgmma_spec(

@@ -1,7 +1,7 @@
 """The last wave of programs, split along the columns: who has which part, and how parts become one sum (Gluon, sm_90).
 
-Where programs do not fill their last wave over the multiprocessors, each of that wave becomes several, which have a
-part of the columns each. All but the last part leave their sums in memory and say so; the last one waits for them, adds
+Where programs do not fill their last wave over the multiprocessors, each of that wave becomes several, with a part of
+the columns each. All but the last part leave their sums in memory and say so; the last one waits for them, adds
 them to its own and writes the result.
 
 A thread reads back what the thread of the same number of the same warpgroup wrote, so marks are of threads, and no
@@ -25,16 +25,19 @@ _ACQUIRE = gl.constexpr(
 def share_of(program, programs, at_once, steps, MOST_PARTS: gl.constexpr):
     """Return which of `programs` whole ones a program is, or is a part of, and its share.
 
-    Those of full waves are whole. The rest are cut into as many parts as run at a time then, at most MOST_PARTS; where
-    they are more than half of a wave, that is one: halves would take two waves, as if they were whole. The last part
-    has no more steps than others.
+    Those of full waves are whole. The rest are cut into as many parts as run at a time then, at most MOST_PARTS. Where
+    they are more than half of a wave, two waves of thirds hold up to two thirds of one; more stay whole, as finer parts
+    take longer to add up than they save. The last part has no more steps than others.
     """
     if MOST_PARTS == 1:
         number = program
         share = (gl.to_tensor(0), steps, gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0))
     else:
         whole = programs // at_once * at_once
-        parts = gl.minimum(at_once // gl.maximum(programs - whole, 1), MOST_PARTS)
+        rest = programs - whole
+        parts = gl.minimum(at_once // gl.maximum(rest, 1), MOST_PARTS)
+        if MOST_PARTS >= 3:
+            parts = gl.where((parts == 1) & (3 * rest <= 2 * at_once), 3, parts)
         parts = gl.where(program < whole, 1, parts)
         behind = (program - whole) // parts
         number = whole + behind

@@ -26,7 +26,7 @@ from mobiquant_compiler.runtime.launch import (
     multiprocessors,
     rows_of_words,
 )
-from mobiquant_compiler.spec import Family, SliceSpec, most_parts
+from mobiquant_compiler.spec import Family, SliceSpec, most_parts, split_programs
 
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
@@ -143,10 +143,14 @@ def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, at_once: int 
 def scratch_of(k: int, at_once: int) -> tuple[int, int]:
     """Return how many parts leave their sums at most, and how many tiles are split at most.
 
-    A tile has a last part, which leaves nothing, so of each that is split into S parts 1 in S does not.
+    Of a tile that is split into S parts S - 1 leave something. Parts are as many as run at a time or fewer, but thirds,
+    which may be twice as many.
     """
     parts = most_parts(k)
-    return at_once * (parts - 1) // parts, at_once // 2 if parts > 1 else 0
+    if parts < 3:
+        return at_once * (parts - 1) // parts, at_once // 2 * (parts - 1)
+    split = 2 * at_once // 3
+    return max(at_once * (parts - 1) // parts, 2 * split), split
 
 
 def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -> Tensor:
@@ -161,9 +165,9 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
     assert spec.family is Family.SLICED_WGMMA, f"{spec.family} multiplies no gathered tokens"
     assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
     y = torch.empty(tokens.tokens, weight.rows, dtype=tokens.x.dtype, device=tokens.x.device)
-    programs = most_tiles(tokens.tokens, len(spec.widths), spec.block_m) * ceil_div(weight.rows, spec.block_n)
+    blocks = ceil_div(weight.rows, spec.block_n)
     kernel.launch(
-        (with_parts(programs, tokens.at_once, spec.k),),
+        (most_programs(tokens.tokens, len(spec.widths), spec.block_m, blocks, tokens.at_once, spec.k),),
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
@@ -180,21 +184,16 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
     return y
 
 
-def most_tiles(tokens: int, groups: int, block_m: int) -> int:
-    """Return how many tiles there are at most, however many tokens each of the groups has.
+@lru_cache(maxsize=1024)
+def most_programs(tokens: int, groups: int, block_m: int, blocks: int, at_once: int, k: int) -> int:
+    """Return how many programs there are at most, parts too, however many tokens each of the groups has.
 
-    Of groups that end inside a tile there is one less than there are groups.
+    Of groups that end inside a tile there is one less than there are groups. More tiles are not always more programs:
+    fewer may be split into more parts.
     """
-    return ceil_div(tokens, block_m) + groups - 1
-
-
-def with_parts(programs: int, at_once: int, k: int) -> int:
-    """Return how many programs there are with parts at most, if there are up to so many before any is split.
-
-    Parts fill a wave of `at_once` programs at most, and a program has no more than `most_parts`.
-    """
-    parts = most_parts(k)
-    return programs if parts == 1 else min(ceil_div(programs, at_once) * at_once, programs * parts)
+    least = ceil_div(tokens, block_m)
+    waves = (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
+    return max(whole + rest * parts for whole, rest, parts in waves)
 
 
 def fused_linears(

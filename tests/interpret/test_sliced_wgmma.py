@@ -134,4 +134,4 @@ def test_groups_are_cut_into_tiles_that_cover_them_once(sizes: list[int]) -> Non
     assert all(end == ends[count - 1] and first >= end - sizes[count - 1] for count, _, first, end in found)
     assert [narrow for _, narrow, _, _ in found] == sorted(narrow for _, narrow, _, _ in found)
     counted = finders_of(len(sizes))["count_tiles"](offsets_ptr=Pointer(torch.tensor([0, *ends])))
-    assert len(found) == int(raw(counted)) <= fused.most_tiles(sum(sizes), len(sizes), 256)
+    assert len(found) == int(raw(counted)) <= fused.most_programs(sum(sizes), len(sizes), 256, 1, 1, 128)

@@ -15,7 +15,7 @@ from mobiquant_compiler.codegen.configs import wgmma_spec
 from mobiquant_compiler.kernels import gather_kernel
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import SliceSpec, most_parts
+from mobiquant_compiler.spec import SliceSpec, most_parts, split_programs
 from tests import gluon_emulation
 from tests.gluon_values import Value, raw
 from tests.interpret.test_sliced_wgmma import H100, SPEC, Emulated, check, run, with_groups
@@ -34,17 +34,19 @@ def share_of(program: int, programs: int, at_once: int, steps: int) -> tuple[int
 @settings(deadline=None, max_examples=150)
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 130))
 def test_parts_cover_the_columns_of_every_program_once(programs: int, at_once: int, steps: int) -> None:
-    """In a grid as large as is launched where there are up to as many programs; numbers behind are of no program."""
-    grid = fused.with_parts(programs, at_once, 128 * steps)
+    """In a grid as large as the launch says, or larger; numbers behind are of no program."""
+    whole, rest, split_into = split_programs(programs, at_once, 128 * steps)
+    grid = whole + rest * split_into
     slots, split = fused.scratch_of(128 * steps, at_once)
     seen: Counter[tuple[int, int]] = Counter()
     left: list[int] = []
-    for program in range(grid):
+    for program in range(grid + 5):
         number, first, count, part, parts, behind = share_of(program, programs, at_once, steps)
+        assert (number < programs) == (program < grid)
         if number >= programs:
             continue
         seen.update((number, step) for step in range(first, first + count))
-        assert parts == 1 or (count >= 4 and parts <= 8 and behind < split)
+        assert parts == 1 or (count >= 4 and parts <= 8 and behind < split and parts == split_into)
         assert 0 <= part < parts
         left += [behind * (parts - 1) + part] if part + 1 < parts else []
     assert seen == Counter((number, step) for number in range(programs) for step in range(steps))
@@ -60,7 +62,9 @@ def test_parts_cover_the_columns_of_every_program_once(programs: int, at_once: i
         (132, 132, 32, 1),
         (133, 132, 32, 8),
         (133, 132, 15, 3),
-        (199, 132, 32, 1),
+        (220, 132, 32, 3),
+        (220, 132, 11, 1),
+        (221, 132, 32, 1),
         (3, 10**6, 8, 2),
     ],
 )
@@ -78,7 +82,7 @@ def test_a_last_wave_is_cut_into_as_many_parts_as_run_at_a_time(
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize(("k", "at_once"), [(1024, 10), (1100, 10), (1536, 16), (1984, 16), (1088, 7), (2112, 3)])
+@pytest.mark.parametrize(("k", "at_once"), [(1024, 10), (1100, 10), (1536, 16), (1984, 16), (1088, 7), (2112, 3), (1600, 6)])
 def test_products_of_split_programs(k: int, at_once: int, small: bool) -> None:
     """Wide tiles and narrow ones, of one to three parts; columns and rows that fill no step and no tile."""
     case = with_groups((150, 9), 130, k, spec=TWO, dtype=torch.bfloat16)

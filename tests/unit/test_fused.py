@@ -173,11 +173,12 @@ def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool
 @pytest.mark.parametrize(
     ("k", "at_once", "programs", "slots", "split"),
     [
-        (960, 132, 96, 66, 66),  # two parts of 48 programs
-        (1600, 132, 132, 88, 66),
-        (4096, 132, 132, 115, 66),
-        (4096, 30, 60, 26, 15),  # two waves
-        (4096, 1000, 384, 875, 500),  # eight parts of each program
+        (960, 132, 96, 66, 66),  # two parts of four tiles of 12 blocks of rows
+        (1600, 132, 108, 176, 88),  # three parts of three tiles, which are more than two of four
+        (4096, 132, 120, 176, 88),  # five of two
+        (4096, 30, 84, 40, 20),  # a full wave, and thirds of 18
+        (4096, 80, 144, 106, 53),  # thirds of 48
+        (4096, 1000, 384, 1332, 666),  # eight parts of each program
         (4096, 1, 48, 0, 0),  # every wave is full
         (896, 132, 48, 0, 0),
     ],

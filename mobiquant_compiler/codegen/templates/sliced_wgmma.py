@@ -76,19 +76,19 @@ def sliced_wgmma(
 
     A program has up to BLOCK_M tokens of one count, which it finds in the offsets, and BLOCK_N output rows, 64 for each
     of two warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache while
-    weights stream by. A tile of at most half as many tokens takes products of half as many columns. Programs that do not
-    fill their last wave over the multiprocessors are split along the columns, as `split_columns.share_of` says.
+    weights stream by. A tile of at most half as many tokens takes products of half as many columns. Programs that do
+    not fill their last wave over the multiprocessors are split along the columns, as `split_columns.share_of` says.
 
     Shapes: x [T, K_PADDED rounded up to 128], tokens in the order of their counts, columns as `operands.column_of`
         says, described in boxes of BLOCK_M and of half of it, by 64 columns; rows int32 [T], where each came from;
         offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of BLOCK_N
         by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units
         ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; at_once, programs that run at a time;
-        partial float32 [at_once (1 - 1 / MOST_PARTS), 256 128], sums of parts; marks int32 [at_once / 2, 256], zero
-        before and afterwards. Grid: at least as many as programs and their parts.
+        partial float32 [parts, 256 128], sums of all parts but the last of each tile; marks int32 [tiles that are
+        split, 256], zero before and afterwards. Grid: at least as many as programs and their parts.
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
         scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
-        of the code at a time; sums are float32, and rounded once with the bias.
+        of the code at a time; sums, and sums of parts, are float32, and rounded once with the bias.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
