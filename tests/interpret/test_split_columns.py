@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mobiquant_compiler.codegen.configs import wgmma_spec
 from mobiquant_compiler.kernels import gather_kernel
@@ -17,7 +19,8 @@ from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import SliceSpec, most_parts, split_programs
 from tests import gluon_emulation
-from tests.gluon_values import Value, raw
+from tests.gluon_memory import global_memory
+from tests.gluon_values import Pointer, Value, raw
 from tests.interpret.test_sliced_wgmma import H100, SPEC, Emulated, check, run, with_groups
 
 TWO = SliceSpec((2, 2), 64)
@@ -82,7 +85,9 @@ def test_a_last_wave_is_cut_into_as_many_parts_as_run_at_a_time(
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize(("k", "at_once"), [(1024, 10), (1100, 10), (1536, 16), (1984, 16), (1088, 7), (2112, 3), (1600, 6)])
+@pytest.mark.parametrize(
+    ("k", "at_once"), [(1024, 10), (1100, 10), (1536, 16), (1984, 16), (1088, 7), (2112, 3), (1600, 6)]
+)
 def test_products_of_split_programs(k: int, at_once: int, small: bool) -> None:
     """Wide tiles and narrow ones, of one to three parts; columns and rows that fill no step and no tile."""
     case = with_groups((150, 9), 130, k, spec=TWO, dtype=torch.bfloat16)
@@ -117,27 +122,36 @@ def test_linears_that_share_their_marks() -> None:
     ("there", "instead", "words"),
     [
         ("red.release.gpu.global.add.s32 [$1], 1;", "", "waits for what never comes"),
-        ("setp.lt.s32 p, $0, $2; @p bra again;", "", None),
         ("ld.acquire.gpu.global.s32 $0, [$1]; setp.lt.s32 p, $0, $2; @p bra again;", "mov.b32 $0, 0;", "not close"),
         ("gl.store(marks, others * 0)", "", "marks are as they were"),
         ("share[3] - 1)\n", "share[3])\n", "waits for what never comes"),
     ],
 )
 def test_a_wait_or_a_mark_that_is_missing_is_noticed(
-    there: str, instead: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+    there: str, instead: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the stand-in for memory that programs share, though programs run one after the other.
-
-    A wait that asks once only is not: the parts before are always there. That it asks again is in its text.
-    """
+    """By the stand-in for memory that programs share, though programs run one after the other."""
     executed = gluon_emulation._executed
     monkeypatch.setattr(gluon_emulation, "_executed", lambda text, names: executed(text.replace(there, instead), names))
     case = with_groups((70,), 64, 1024, spec=SliceSpec((2,), 64), dtype=torch.bfloat16)
-    if words is None:
-        check(run(case, False, 2), case)
-        return
     with pytest.raises(AssertionError, match=words):
         check(run(case, False, 2), case)
+
+
+def test_a_thread_asks_until_all_parts_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire, marks, asked = global_memory.acquire, torch.zeros(512, dtype=torch.int32), []
+
+    def acquired(memory: Tensor, at: Tensor) -> np.ndarray:
+        asked.append(at.tolist())
+        memory[256 : 256 + 64 * len(asked)] = 2  # the last of the threads at the second turn
+        return acquire(memory, at)
+
+    monkeypatch.setattr(global_memory, "acquire", acquired)
+    share = tuple(Value(torch.tensor(number)) for number in (0, 4, 2, 3, 1))
+    SPLIT.await_others((None, Pointer(marks)), share, 0)
+    global_memory.end_launch()
+    assert asked == [list(range(256, 384))] * 2
+    assert not marks.any()
 
 
 def test_columns_that_are_too_few_have_no_scratch() -> None:
