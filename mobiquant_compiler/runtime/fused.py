@@ -4,9 +4,9 @@ Everything here can be captured into a CUDA graph: sizes follow from shapes, wha
 
 Numerics: weights are a code less its middle, times the scale, plus an offset, in the dtype of the activations: scale,
 offset and weight are rounded, of four slices in bfloat16 in two steps (in float16 what is below 6e-5 loses bits). Sums
-are float32; bias is added before they are rounded. A sum is that of parts of the columns where programs are few: into
-how many parts depends on how many tokens there are of each count, so the last bits of a token's result depend on its
-companions. The order within a part, and of parts, is fixed: a call gives the same bits every time.
+are float32; bias is added before they are rounded. Where programs do not fill their last wave, a sum is that of parts
+of the columns. How many parts depends on how many tokens there are of each count, so the last bits of a token's result
+depend on its companions. The order within a part, and of parts, is fixed: a call gives the same bits every time.
 """
 
 from __future__ import annotations
