@@ -142,10 +142,10 @@ def add_others(sums, scratch, share, WHO: gl.constexpr, TOKENS: gl.constexpr):
     LAYOUT: gl.constexpr = sums.type.layout
     if share[3] > 1:
         await_others(scratch, share, WHO)
+    cut = pieces_of(flattened(sums), HALVINGS)
     pieces = ()
     for piece in gl.static_range(1 << HALVINGS):
-        cut = pieces_of(flattened(sums), HALVINGS)[piece]
-        pieces = pieces + (gl.convert_layout(cut, FLAT, assert_trivial=True),)
+        pieces = pieces + (gl.convert_layout(cut[piece], FLAT, assert_trivial=True),)
     for part in range(share[3] - 1):
         at = sums_at(scratch, share, part, WHO, TOKENS) + gl.arange(0, SIZE, FLAT)
         more = ()
