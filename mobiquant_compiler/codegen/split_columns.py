@@ -98,7 +98,7 @@ def await_others(scratch, share, WHO: gl.constexpr):
     """Wait, each thread for itself, until all other parts have left their sums; leave marks as they were before."""
     marks = marks_at(scratch, share, WHO)
     others = gl.zeros([128], gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + (share[3] - 1)
-    gl.inline_asm_elementwise(_ACQUIRE, "=r,l,r", [marks, others], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(_ACQUIRE, "=&r,l,r", [marks, others], dtype=gl.int32, is_pure=False, pack=1)
     gl.store(marks, others * 0)
 
 
