@@ -53,6 +53,12 @@ def flat_layout():
     return gl.BlockedLayout([4], [32], [4], [0])
 
 
+@gluon.constexpr_function
+def halvings_of(tokens):
+    """Return how often sums of 64 rows are halved to pieces of 32 registers a thread, so that few are loaded ahead."""
+    return (tokens // 64).bit_length() - 1
+
+
 @gluon.jit
 def flattened(sums):
     """Return sums [64, TOKENS] in one dimension, in the order of memory; no value changes threads."""
@@ -71,6 +77,32 @@ def unflattened(flat, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def pieces_of(flat, HALVINGS: gl.constexpr):
+    """Cut sums in one dimension into equal pieces, which are other registers of all threads."""
+    pieces = (flat,)
+    for halving in gl.static_range(HALVINGS):
+        halves = ()
+        for index in gl.static_range(1 << halving):
+            apart = gl.reshape(pieces[index], [2, pieces[index].shape[0] // 2])
+            first, second = gl.split(gl.permute(apart, (1, 0)))
+            halves = halves + (first, second)
+        pieces = halves
+    return pieces
+
+
+@gluon.jit
+def joined(pieces, HALVINGS: gl.constexpr):
+    """Undo `pieces_of`."""
+    for halving in gl.static_range(HALVINGS):
+        pairs = ()
+        for index in gl.static_range(1 << (HALVINGS - 1 - halving)):
+            both = gl.permute(gl.join(pieces[2 * index], pieces[2 * index + 1]), (1, 0))
+            pairs = pairs + (gl.reshape(both, [2 * pieces[0].shape[0]]),)
+        pieces = pairs
+    return pieces[0]
+
+
+@gluon.jit
 def marks_at(scratch, share, WHO: gl.constexpr):
     """Return where the marks of a warpgroup's threads are: how many parts have left their sums."""
     thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
@@ -79,16 +111,16 @@ def marks_at(scratch, share, WHO: gl.constexpr):
 
 @gluon.jit
 def sums_at(scratch, share, part, WHO: gl.constexpr, TOKENS: gl.constexpr):
-    """Return where a warpgroup's sums of a part are."""
-    FLAT: gl.constexpr = flat_layout()
+    """Return where a warpgroup's sums of a part begin."""
     slot = share[4] * (share[3] - 1) + part
-    return scratch[0] + slot.to(gl.int64) * SLOT + 64 * TOKENS * WHO + gl.arange(0, 64 * TOKENS, FLAT)
+    return scratch[0] + slot.to(gl.int64) * SLOT + 64 * TOKENS * WHO
 
 
 @gluon.jit
 def leave_sums(sums, scratch, share, WHO: gl.constexpr, TOKENS: gl.constexpr):
     """Leave the sums of a part for the last one, and let each thread say that its own are there."""
-    gl.store(sums_at(scratch, share, share[2], WHO, TOKENS), flattened(sums))
+    at = sums_at(scratch, share, share[2], WHO, TOKENS) + gl.arange(0, 64 * TOKENS, flat_layout())
+    gl.store(at, flattened(sums))
     marks = marks_at(scratch, share, WHO)
     gl.inline_asm_elementwise(_RELEASE, "=r,l", [marks], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -106,12 +138,22 @@ def await_others(scratch, share, WHO: gl.constexpr):
 def add_others(sums, scratch, share, WHO: gl.constexpr, TOKENS: gl.constexpr):
     """Add the sums of all other parts to those of the last one, in their order; of a whole program there are none.
 
-    ptxas loads as many ahead as there are registers for, so nothing has to be cut into pieces.
+    In pieces: where all are loaded at once, triton 3.6 and its ptxas spill two registers of the largest tiles.
     """
+    FLAT: gl.constexpr = flat_layout()
+    HALVINGS: gl.constexpr = halvings_of(TOKENS)
+    SIZE: gl.constexpr = 64 * TOKENS >> HALVINGS
     LAYOUT: gl.constexpr = sums.type.layout
     if share[3] > 1:
         await_others(scratch, share, WHO)
-    flat = flattened(sums)
+    cut = pieces_of(flattened(sums), HALVINGS)
+    pieces = ()
+    for piece in gl.static_range(1 << HALVINGS):
+        pieces = pieces + (gl.convert_layout(cut[piece], FLAT, assert_trivial=True),)
     for part in range(share[3] - 1):
-        flat += gl.load(sums_at(scratch, share, part, WHO, TOKENS))
-    return unflattened(flat, TOKENS, LAYOUT)
+        at = sums_at(scratch, share, part, WHO, TOKENS) + gl.arange(0, SIZE, FLAT)
+        more = ()
+        for piece in gl.static_range(1 << HALVINGS):
+            more = more + (pieces[piece] + gl.load(at + SIZE * piece),)
+        pieces = more
+    return unflattened(joined(pieces, HALVINGS), TOKENS, LAYOUT)
