@@ -84,8 +84,11 @@ def profile(args: argparse.Namespace, report: Path) -> tuple[str, str]:
     pages = (
         [ncu, "-i", str(file), "--page", *page] for page in (["details"], ["source", "--csv", "--print-units", "base"])
     )
-    details, source = (subprocess.run(page, capture_output=True, text=True, check=True).stdout for page in pages)
-    return details, source
+    read = [subprocess.run(page, capture_output=True, text=True, check=False) for page in pages]
+    for page in read:
+        if page.returncode:
+            raise NoProfile(f"ncu cannot read its report {file}: {(page.stdout + page.stderr).strip()[-500:]}")
+    return read[0].stdout, read[1].stdout
 
 
 def facts_of(details: str) -> dict[str, str]:

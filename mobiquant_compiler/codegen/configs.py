@@ -111,6 +111,7 @@ _WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
 _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 45.0, 31.0
 _WORD_STAGES = 2  # as sorted_tiles has them
 _RINGS_ON, _STATIC_BYTES = 90, 48 << 10  # where rings were measured; what a kernel may declare of shared memory
+_RING_ROW = 128  # bytes of a row's scales: 256 threads copy 16 each, of 16 rows and as many of zero points
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
@@ -119,13 +120,14 @@ def shared_bytes(spec: KernelSpec) -> int:
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts. With rings those, sums
-      and scales, of 32 bits where there is room for such.
+      and scales, of as many bytes a row as there are threads for.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
     - sliced_wgmma: stages of 64 columns of activations, two of 128 columns of words, the tile of outputs, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
     if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
-        return 4096 + max(ring_bytes(len(spec.widths), spec.k // spec.group, size) for size in (2, 4))
+        groups = spec.k // spec.group
+        return 4096 + ring_bytes(len(spec.widths), groups, 4 if 4 * groups <= _RING_ROW else 2)
     if spec.family is Family.SLICED_MMA:
         return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
@@ -248,7 +250,7 @@ def has_rings(weight: SliceSpec, n: int, k: int, tokens: TokenClass, target: Tar
     groups = weight.padded(k) // weight.group
     if target.cc != _RINGS_ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != 128:
         return False
-    copied = groups > 16 and groups * scale_bytes % 16 == 0 and groups * scale_bytes <= 128
+    copied = groups > 16 and groups * scale_bytes % 16 == 0 and groups * scale_bytes <= _RING_ROW
     held = ring_bytes(weight.num_slices, groups, scale_bytes) <= _STATIC_BYTES
     return n > 32 * MULTIPROCESSORS and k <= _LONG and copied and held
 

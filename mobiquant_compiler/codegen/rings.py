@@ -104,7 +104,7 @@ def read_one(address):
 @triton.jit
 def write_one(address, value):
     """Write a float32 a thread to shared memory."""
-    tl.inline_asm_elementwise("mov.b32 $0, 0; st.shared.b32 [$1], $2;", "=r,r,f", [address, value], tl.int32, False, 1)
+    tl.inline_asm_elementwise("mov.b32 $0, 0; st.shared.b32 [$1], $2;", "=&r,r,f", [address, value], tl.int32, False, 1)
 
 
 @triton.jit

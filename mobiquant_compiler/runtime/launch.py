@@ -231,6 +231,7 @@ def multiply(
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own |= _weight_arguments(spec, str(number or ""), weight, y)
     if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
+        assert tokens <= spec.block_m, "programs that go from tile to tile have one block of tokens"
         blocks = min(blocks, at_once or programs_at_once(spec, device))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)

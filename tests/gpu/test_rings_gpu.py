@@ -84,9 +84,10 @@ def test_fewer_slices_have_smaller_rings(widths: tuple[int, ...]) -> None:
         compare(spec, k, quantized(case), [replace(weight_of(case), bias=None)])
 
 
-def test_scales_of_32_bits() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
     for k in (FULL_CHAINS, UNEVEN_CHAINS):
-        case = random_case(SPEC, 6, 200, k, scale_dtype=torch.float32, device=WHERE)
+        case = random_case(SPEC, 6, 200, k, dtype=torch.float16, scale_dtype=dtype, device=WHERE)
         compare(SPEC, k, quantized(case), [weight_of(case)])
 
 
@@ -96,12 +97,13 @@ def test_siblings_of_any_rows(parts: int) -> None:
     compare(SPEC, FULL_CHAINS, quantized(cases[0]), [weight_of(case) for case in cases])
 
 
-def test_eight_thousand_columns_again_and_again() -> None:
-    """Sums of tiles take turns in one place there; what is written over too early differs now and then."""
-    case = random_case(SPEC, 8, 5000, 8192, dtype=torch.bfloat16, device=WHERE)
+@pytest.mark.parametrize("k", [FULL_CHAINS, 8192])
+def test_again_and_again(k: int) -> None:
+    """What is written over too early differs now and then; sums of 8192 columns take turns in one place."""
+    case = random_case(SPEC, 8, 5000, k, dtype=torch.bfloat16, device=WHERE)
     prepared = quantized(case)
-    (wanted,) = compare(SPEC, 8192, prepared, [weight_of(case)])
-    kernel = cache.load(chosen(SPEC, 8192, ENOUGH_ROWS, has_bias=True))
+    (wanted,) = compare(SPEC, k, prepared, [weight_of(case)])
+    kernel = cache.load(chosen(SPEC, k, ENOUGH_ROWS, has_bias=True))
     for _ in range(50):
         assert torch.equal(launch.multiply(kernel, prepared, [weight_of(case)])[0], wanted)
 

@@ -44,7 +44,7 @@ def rows(*times: float) -> list[dict]:
     return [{"n": 1, "k": 2, "tokens": 8, "slices": number, "time_us": us} for number, us in enumerate(times)]
 
 
-@pytest.mark.parametrize("text", ["8", "8:5", "0:2", "8:2:full", "x:1", ""])
+@pytest.mark.parametrize("text", ["8", "8:5", "0:2", "8:2:full", "8:2:mixed:x", "1024:2:mixed", "x:1", ""])
 def test_what_is_no_case(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tree(tmp_path / "other", "")
     with pytest.raises(SystemExit):
@@ -80,9 +80,11 @@ def test_trees_are_measured_in_turn(
         ]
 
     monkeypatch.setattr(compare_linear, "measured_by", measured_by)
-    other, options = tree(tmp_path / "other", ""), ["--cases", "8:2:mixed", "--rounds", "2"]
-    assert compare_linear.main([*options, str(other), "--json"]) == 0
-    assert asked == [(where, [*options, "--json"]) for where in (other, compare_linear.HERE) * 2]
+    other = tree(tmp_path / "other", "")
+    options = ["--device", "cpu", "--shapes", "4x2", "--cases", "8:2:mixed", "1:1:uniform"]
+    given = [*options[:-1], "1:1", "--rounds", "2", "--json"]
+    assert compare_linear.main([f"{other}/", *given]) == 0
+    assert asked == [(where, options) for where in (other, compare_linear.HERE) * 2]
     assert json.loads(capsys.readouterr().out)[0]["faster"] == 2
     assert compare_linear.main([str(other)]) == 0
     assert "2.000" in capsys.readouterr().out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mobiquant_compiler.codegen import configs, rings
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
+from mobiquant_compiler.codegen.specialise import specialise
+from mobiquant_compiler.errors import BadKernelSpec
 from mobiquant_compiler.launches import Launch, kernels_of
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -55,6 +59,40 @@ def test_few_tokens_of_many_rows(tokens: int) -> None:
 def test_others_have_a_program_for_each_tile(options: dict) -> None:
     """One step a tile, scales that are not whole copies or more than there are threads, and what was not measured."""
     assert chosen(**options).num_stages == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "columns"),
+    [(2, {3072, 4096, 5120, 6144, 7168, 8192}), (4, {2560, 3072, 3584, 4096}), (8, set())],
+)
+def test_columns_whose_scales_are_whole_copies(size: int, columns: set[int]) -> None:
+    assert {k for k in range(128, 9000, 128) if chosen(k=k, scale_bytes=size).num_stages == 2} == columns
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"group": 64},
+        {"layout": Layout.BIT_MAJOR},
+        {"widths": (4, 4)},
+        {"k": 2048},
+        {"block_m": 16},
+        {"block_m": 1},
+        {"block_n": 32, "row_tiles": 2},
+        {"emulate": True},
+        {"num_stages": 3},
+    ],
+    ids=str,
+)
+def test_what_rings_would_compute_wrongly_is_refused(change: dict) -> None:
+    with pytest.raises(BadKernelSpec, match="sliced_mma"):
+        specialise(replace(chosen(), **change))
+
+
+def test_more_than_a_block_of_tokens_is_no_launch() -> None:
+    prepared = Prepared(torch.ones(9, dtype=torch.int32), *[torch.empty(0)] * 3, (9,), COLUMNS, torch.float32)
+    with pytest.raises(AssertionError, match="one block of tokens"):
+        launch.multiply(Notes(chosen()), replace(prepared, high=torch.empty(0, dtype=torch.int8)), [])
 
 
 def test_scales_of_32_bits_have_room_beside_4096_columns() -> None:

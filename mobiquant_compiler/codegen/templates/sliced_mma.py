@@ -58,6 +58,13 @@ def multiply_by_count(
     weights are what `rings` calls so; weight is (slices, scale, zero, bias) of the program's own, and tile (pointer to
     counts, output, first row, thread numbers, tokens, rows in all).
     """
+    tl.static_assert(NUM_STAGES == 1 or NUM_STAGES == 2, "words come with their products, or a step ahead in rings")
+    tl.static_assert(
+        NUM_STAGES == 1 or (WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4), "rings hold up to four slices of two bits"
+    )
+    tl.static_assert(NUM_STAGES == 1 or (LAYOUT == "slice_major" and GROUP == 128), "rings hold groups of 128 columns")
+    tl.static_assert(NUM_STAGES == 1 or (BLOCK_M == 8 and BLOCK_N == 16), "rings are for eight tokens and 16 rows")
+    tl.static_assert(NUM_STAGES == 1 or (K_PADDED > 16 * GROUP and not EMULATE), "a tile with rings has two steps")
     # One token needs no share of words between lanes where a quad multiplies two groups at once.
     ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
@@ -166,11 +173,13 @@ def sliced_mma(
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
     A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
-    one or two tiles of 16 rows, all tokens, and its share of the eight chains.
+    one or two tiles of 16 rows, all tokens, and its share of the eight chains. With NUM_STAGES 2 a program goes from
+    one block of rows to the next, with words ahead in shared memory (`rings`).
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
-        written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together.
+        written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together;
+        or (1, any number of programs) with NUM_STAGES 2.
     Numerics: dot products of a group are exact int32; groups are summed in float32 in an order that depends on the
         number of columns only (`codegen/chains.py`): a token's result is the same bits alone and in any batch.
     Source: design section 7, integer slices; codes of several slices are one integer, design section 3.

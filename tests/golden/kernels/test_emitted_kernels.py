@@ -36,6 +36,7 @@ KERNELS = {
     "one_token": kernel(Family.SLICED_MMA, SliceSpec()),
     "one_token_planes_bias": kernel(Family.SLICED_MMA, PLANES, has_bias=True),
     "many_tokens_siblings": kernel(Family.SLICED_MMA, SliceSpec(), 8, parts=3),
+    "few_tokens_ahead": kernel(Family.SLICED_MMA, SliceSpec(), 8, n=14336, parts=2),
     "many_tokens_interpreted": kernel(Family.SLICED_MMA, SliceSpec((1,) * 8), 8, emulate=True),
     "dequantize_sorted": kernel(Family.DEQUANTIZE, SliceSpec()),
     "gather_tokens": kernel(Family.GATHER_TOKENS, SliceSpec()),
