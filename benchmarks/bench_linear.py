@@ -23,6 +23,7 @@ import record
 import torch
 from linear_accuracy import accuracies
 from linear_bandwidth import bandwidths
+from linear_cases import shape
 from linear_ours import (
     SMALL_BATCH,
     TRAINED_WIDTH,
@@ -55,14 +56,6 @@ started = time.monotonic()
 
 class DeviceLost(Exception):
     """After this error nothing runs on the device any more."""
-
-
-def shape(text: str) -> tuple[int, int]:
-    """Read ``NxK``."""
-    n, _, k = text.partition("x")
-    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; wanted NxK, as 4096x4096")
-    return int(n), int(k)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,35 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from linear_cases import case, shape
+
 HERE = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 
 class TreeFailed(Exception):
     """A tree could not be measured."""
-
-
-def shape(text: str) -> tuple[int, int]:
-    """Read ``NxK``."""
-    n, _, k = text.partition("x")
-    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; wanted NxK, as 4096x4096")
-    return int(n), int(k)
-
-
-def case(text: str) -> tuple[int, int, str]:
-    """Read ``tokens:slices`` or ``tokens:slices:counts``."""
-    tokens, slices, counts, *more = (
-        [*text.split(":"), "uniform"] if text.count(":") == 1 else [*text.split(":"), "", ""]
-    )
-    known = tokens.isdecimal() and int(tokens) and slices in ("1", "2", "3", "4") and counts in ("uniform", "mixed")
-    # Many unlike tokens always have up to four slices, in the shares of the benchmark.
-    if not known or any(more) or (counts == "mixed" and int(tokens) > 64 and slices != "4"):
-        wanted = (
-            "tokens:slices or tokens:slices:mixed, with 1 to 4 slices (4 of more than 64 mixed tokens), as 8:2:mixed"
-        )
-        raise argparse.ArgumentTypeError(f"{text!r} is no case; wanted {wanted}")
-    return int(tokens), int(slices), counts
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_linear import case, shape
+from linear_cases import case, shape
 
 SAMPLES = "Warp Stall Sampling (All Samples)"
 FACTS = (

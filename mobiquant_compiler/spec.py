@@ -14,6 +14,7 @@ from mobiquant_compiler.errors import BadKernelSpec, BadOption, BadSliceSpec
 GROUPS = (128, 64, 32)
 WORD_CODES = 32  # one plane word holds one bit of 32 consecutive columns
 MULTIPROCESSORS = 132  # of an H100, on which tiles were measured
+REGISTERS = 65536  # of a multiprocessor, for every target
 PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
 BATCH_TOKENS = 9  # calls of fewer are never multiplied by batch_wgmma
 MAX_SIBLINGS = 4  # linears of one launch

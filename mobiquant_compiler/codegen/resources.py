@@ -12,9 +12,8 @@ from mobiquant_compiler.codegen import cache, toolchain
 from mobiquant_compiler.codegen.configs import Target, fits
 from mobiquant_compiler.codegen.signature import Dtypes
 from mobiquant_compiler.errors import TritonMissing
-from mobiquant_compiler.spec import KernelSpec
+from mobiquant_compiler.spec import REGISTERS, KernelSpec
 
-_REGISTERS = 65536  # of a multiprocessor, for every target
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 _DECLARED = re.compile(r"(?<!\.extern )\.shared \.align \d+ \.b8 \w+\[(\d+)\]")  # beside what a launch gives
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?PT?\d* )?([A-Z]\w*)", re.MULTILINE)
@@ -72,7 +71,7 @@ def measure(spec: KernelSpec, cc: int, dtypes: Dtypes | None = None) -> Resource
         note = "triton's cuobjdump is missing" if tool is None else f"{tool} cannot read binaries of {target}"
         return Resources(shared, fits=shared <= target.shared_bytes, ptx=ptx, note=note)
     registers, stack, local = map(int, usage.groups())
-    room = shared <= target.shared_bytes and registers * 32 * int(binary.metadata.num_warps) <= _REGISTERS
+    room = shared <= target.shared_bytes and registers * 32 * int(binary.metadata.num_warps) <= REGISTERS
     return Resources(shared, registers, stack + local, *_counts(listing), fits=room, ptx=ptx)
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import TooManyRows
-from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec
+from mobiquant_compiler.spec import MULTIPROCESSORS, REGISTERS, Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
-_REGISTERS = 65536  # of a multiprocessor
 MOST_BLOCKS = 65535  # programs of a grid's second axis (CUDA programming guide, table of limits)
 
 
@@ -241,7 +240,7 @@ def multiply(
 def programs_at_once(spec: KernelSpec, device: torch.device) -> int:
     """Return how many programs a device runs at a time, of a kernel whose registers are what limits them."""
     assert spec.max_registers, "a limit of registers is part of the spec"
-    return multiprocessors(device) * (_REGISTERS // (32 * spec.num_warps * spec.max_registers))
+    return multiprocessors(device) * (REGISTERS // (32 * spec.num_warps * spec.max_registers))
 
 
 def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_what_is_no_case(text: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     other = tree(tmp_path / "other", "")
     with pytest.raises(SystemExit):
         compare_linear.arguments([str(other), "--cases", text])
-    assert "wanted tokens:slices" in capsys.readouterr().err
+    assert "is no case; wanted tokens:slices" in capsys.readouterr().err
 
 
 def test_what_is_no_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
