@@ -107,6 +107,13 @@ def load_block(acts, at, lane, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EM
 
 
 @triton.jit
+def load_all(acts, at, lane, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EMULATE: tl.constexpr):
+    """Load all there is of block `at` of the groups' blocks of eight tokens: high halves, low ones, and facts."""
+    high, low = load_block(acts, at, lane, GROUP, ACTIVATION, EMULATE)
+    return high, low, load_facts(acts[2], at, lane % 4, EMULATE)
+
+
+@triton.jit
 def load_token_pair(
     acts,
     pair,

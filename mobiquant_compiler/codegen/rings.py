@@ -16,7 +16,7 @@ side, pointers to a lane's words of row g and of row g + 8, words of a slice); t
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, fragments, parts, steps, tiles
+from mobiquant_compiler.codegen import chains, fragments, parts, products, steps, tiles
 
 
 @triton.constexpr_function
@@ -257,6 +257,18 @@ def store_tile(total, place, tid, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def first_group(step, tid):
+    """Return the first of a warp's two groups of a step."""
+    return step * 16 + tid // 32 * 2
+
+
+@triton.jit
+def load_group(acts, group, tid, GROUPS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Load what there is of eight tokens and a group."""
+    return products.load_all(acts, products.existing(group, GROUPS), tid % 32, GROUP, ACTIVATION, False)
+
+
+@triton.jit
 def multiply_tiles(
     acts,
     weights,
@@ -283,7 +295,10 @@ def multiply_tiles(
     tl.static_assert(K_PADDED > 16 * GROUP, "a tile has two steps: scales of the next have come before its last")
     SLICES: tl.constexpr = len(WIDTHS)
     GROUPS: tl.constexpr = K_PADDED // GROUP
+    STEPS: tl.constexpr = (GROUPS + 15) // 16
     DTYPE: tl.constexpr = weights[1][0].dtype.element_ty
+    # Of up to so many slices there are registers for the activations of the group behind the one that is multiplied.
+    AHEAD: tl.constexpr = 2
     SUMS: tl.constexpr = places(SLICES, GROUPS, DTYPE.primitive_bitwidth // 8)[0]
     SIDES: tl.constexpr = (places(SLICES, GROUPS, DTYPE.primitive_bitwidth // 8)[1] - SUMS) // 4096
     shrinks = ()
@@ -295,34 +310,42 @@ def multiply_tiles(
     asked = (block, side, side, upper, lower, each)
     ask(ring, asked, weights, tid, COUNT, SLICES, GROUPS)
     asked = ask_after(ring, asked, weights, tid, SLICES, GROUPS)
+    ahead = load_group(acts, first_group(0, tid), tid, GROUPS, GROUP, ACTIVATION)
     wait_for_copies(tid)
     meet(tid)  # the first tile's scales are others' copies; those of later ones were waited for when sums were added
     for block in tl.range(tl.program_id(1), parts.blocks_of(weights[5], 16), tl.num_programs(1)):
         sums = chains.zeros_for(tid, 4)
-        for step in tl.range(0, (GROUPS + 15) // 16):
+        for step in tl.range(0, STEPS):
             words, grids = take(ring, side, step, tid, DTYPE, COUNT, SLICES, GROUPS)
             ask(ring, asked, weights, tid, COUNT, SLICES, GROUPS)
             asked = ask_after(ring, asked, weights, tid, SLICES, GROUPS)
-            sums = steps.add_pair(
-                sums,
-                acts,
-                (words,),
-                (grids,),
-                step * 8 + tid // 32,
-                tid % 32,
-                ((0,), 1),
-                shrinks,
-                most,
-                COUNT,
-                True,
-                ALIKE,
-                WIDTHS,
-                LAYOUT,
-                GROUP,
-                K_PADDED,
-                ACTIVATION,
-                False,
-            )
+            for which in tl.static_range(2):
+                now = ahead
+                if COUNT <= AHEAD:
+                    group = first_group(step, tid) + 1 if which == 0 else first_group((step + 1) % STEPS, tid)
+                    ahead = load_group(acts, group, tid, GROUPS, GROUP, ACTIVATION)
+                else:
+                    now = load_group(acts, first_group(step, tid) + which, tid, GROUPS, GROUP, ACTIVATION)
+                sums = steps.add_group(
+                    sums,
+                    acts,
+                    (words,),
+                    (grids,),
+                    (0,),
+                    tid % 32,
+                    (now,),
+                    shrinks,
+                    most,
+                    COUNT,
+                    True,
+                    ALIKE,
+                    which,
+                    WIDTHS,
+                    LAYOUT,
+                    GROUP,
+                    ACTIVATION,
+                    False,
+                )
         part, own = parts.which_part(block, weights[5], 16)
         y_ptr, bias_ptr = parts.of_part(part, weights[3]), parts.of_part(part, weights[4])
         place = (y_ptr, bias_ptr, own * 16, tokens, parts.of_part(part, weights[5]))

@@ -85,6 +85,7 @@ def alike_group(
     grids,
     ats,
     lane,
+    loaded,
     COUNT: tl.constexpr,
     WHICH: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -112,8 +113,10 @@ def alike_group(
             centres = centres + (scaling.grid_at(grid[WHICH], grid[2 + WHICH], SHRINK, 1.0 / SHRINK),)
     added = ()
     for block in tl.static_range(len(ats)):
-        high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
-        facts = products.load_facts(acts[2], ats[block], t, EMULATE)
+        if len(loaded) > 0:
+            high, low, facts = loaded[block]
+        else:
+            high, low, facts = products.load_all(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
         for tile in tl.static_range(TILES):
             first, second = centres[2 * tile], centres[2 * tile + 1]
             dots = products.block_products(
@@ -146,6 +149,7 @@ def slice_products(
     words,
     ats,
     lane,
+    loaded,
     shrinks,
     INDEX: tl.constexpr,
     UNITS: tl.constexpr,
@@ -168,7 +172,10 @@ def slice_products(
             codes = codes + (own,)
     appended = ()
     for block in tl.static_range(len(ats)):
-        high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
+        if len(loaded) > 0:
+            high, low, _ = loaded[block]
+        else:
+            high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
         for tile in tl.static_range(TILES):
             more = products.block_products(codes[2 * tile], codes[2 * tile + 1], high, low, True, ACTIVATION, EMULATE)
             more = without_spare(more, device.spare_bits(OWN, LAYOUT, 1))
@@ -188,6 +195,7 @@ def mixed_group(
     grids,
     ats,
     lane,
+    loaded,
     shrinks,
     most,
     COUNT: tl.constexpr,
@@ -203,7 +211,7 @@ def mixed_group(
     UNITS: tl.constexpr = device.units_before(WIDTHS, LAYOUT, COUNT)
     TILES: tl.constexpr = len(words)
     dots = slice_products(
-        (), acts, words, ats, lane, shrinks, 0, UNITS, WHICH, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
+        (), acts, words, ats, lane, loaded, shrinks, 0, UNITS, WHICH, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
     )
     for index in tl.static_range(1, COUNT):
         needed = True
@@ -216,6 +224,7 @@ def mixed_group(
                 words,
                 ats,
                 lane,
+                loaded,
                 shrinks,
                 index,
                 UNITS,
@@ -228,7 +237,10 @@ def mixed_group(
             )
     added = ()
     for block in tl.static_range(len(ats)):
-        facts = products.load_facts(acts[2], ats[block], lane % 4, EMULATE)
+        if len(loaded) > 0:
+            facts = loaded[block][2]
+        else:
+            facts = products.load_facts(acts[2], ats[block], lane % 4, EMULATE)
         for tile in tl.static_range(TILES):
             own = ()
             for side in tl.static_range(2):
@@ -240,6 +252,58 @@ def mixed_group(
             before = four_of(sums, block * TILES + tile)
             added = added + add_block(before, four_of(dots, block * TILES + tile), own, facts)
     return added
+
+
+@triton.jit
+def add_group(
+    sums,
+    acts,
+    words,
+    grids,
+    ats,
+    lane,
+    loaded,
+    shrinks,
+    most,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Add one group of a pair; by tile, words are what `device.split_words` gives, grids (scale, scale, zero, zero).
+
+    loaded: by block what `products.load_all` gave, or nothing: then blocks `ats` are loaded here.
+    """
+    if ALIKE:
+        sums = alike_group(
+            sums, acts, words, grids, ats, lane, loaded, COUNT, WHICH, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
+        )
+    else:
+        sums = mixed_group(
+            sums,
+            acts,
+            words,
+            grids,
+            ats,
+            lane,
+            loaded,
+            shrinks,
+            most,
+            COUNT,
+            WHOLE,
+            WHICH,
+            WIDTHS,
+            LAYOUT,
+            GROUP,
+            ACTIVATION,
+            EMULATE,
+        )
+    return sums
 
 
 @triton.jit
@@ -272,76 +336,29 @@ def many_tokens_step(
     for tile in tl.static_range(len(chunks)):
         words = words + (device.split_words(chunks[tile][0], lane % 4, COUNT, WIDTHS, LAYOUT, GROUP, 2, EMULATE),)
         grids = grids + (chunks[tile][1],)
-    return add_pair(
-        sums,
-        acts,
-        words,
-        grids,
-        pair,
-        lane,
-        blocks,
-        shrinks,
-        most,
-        COUNT,
-        WHOLE,
-        ALIKE,
-        WIDTHS,
-        LAYOUT,
-        GROUP,
-        K_PADDED,
-        ACTIVATION,
-        EMULATE,
-    )
-
-
-@triton.jit
-def add_pair(
-    sums,
-    acts,
-    words,
-    grids,
-    pair,
-    lane,
-    blocks,
-    shrinks,
-    most,
-    COUNT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ALIKE: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    GROUP: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EMULATE: tl.constexpr,
-):
-    """Add a pair of groups; by tile, words are what `device.split_words` gives, grids (scale, scale, zero, zero)."""
     for which in tl.static_range(2):
         first = products.existing(2 * pair + which, K_PADDED // GROUP) * blocks[1]
         ats = ()
         for block in tl.static_range(len(blocks[0])):
             ats = ats + (first + blocks[0][block],)
-        if ALIKE:
-            sums = alike_group(
-                sums, acts, words, grids, ats, lane, COUNT, which, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE
-            )
-        else:
-            sums = mixed_group(
-                sums,
-                acts,
-                words,
-                grids,
-                ats,
-                lane,
-                shrinks,
-                most,
-                COUNT,
-                WHOLE,
-                which,
-                WIDTHS,
-                LAYOUT,
-                GROUP,
-                ACTIVATION,
-                EMULATE,
-            )
+        sums = add_group(
+            sums,
+            acts,
+            words,
+            grids,
+            ats,
+            lane,
+            (),
+            shrinks,
+            most,
+            COUNT,
+            WHOLE,
+            ALIKE,
+            which,
+            WIDTHS,
+            LAYOUT,
+            GROUP,
+            ACTIVATION,
+            EMULATE,
+        )
     return sums
