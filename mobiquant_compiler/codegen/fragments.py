@@ -70,6 +70,14 @@ def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def hold_loads(lane):
+    """Keep loads where they are written: before what follows. ptxas moves none across a meeting of a warp's lanes."""
+    tl.inline_asm_elementwise(
+        "mov.b32 $0, $1; bar.warp.sync 0xffffffff;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
 

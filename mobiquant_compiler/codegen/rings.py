@@ -219,7 +219,7 @@ def take(ring, side, step, tid, DTYPE: tl.constexpr, COUNT: tl.constexpr, SLICES
             # A group that is not there adds nothing.
             grid = (tl.where(here, grid[0], 0.0), tl.where(here, grid[1], 0.0), grid[2], grid[3])
         grids = grids + (grid,)
-    _run("mov.b32 $0, $1; bar.warp.sync 0xffffffff;", tid)  # now the words may be written over
+    fragments.hold_loads(tid)  # now the words may be written over
     return words, grids
 
 

@@ -6,7 +6,7 @@ Names are those of `products`. Tuples hold four sums for each block of tokens an
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import device, products, scaling
+from mobiquant_compiler.codegen import device, fragments, products, scaling
 
 
 @triton.jit
@@ -307,6 +307,39 @@ def add_group(
 
 
 @triton.jit
+def load_early(
+    acts,
+    pair,
+    lane,
+    blocks,
+    COUNT: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Load the only block of tokens while words are under way: of a pair's first group, and up to four bits of both.
+
+    Returns what `add_group` wants, by group. ptxas would put the loads behind the wait for words, for a second wait.
+    """
+    GROUPS: tl.constexpr = K_PADDED // GROUP
+    first = products.existing(2 * pair, GROUPS) * blocks[1] + blocks[0][0]
+    if device.bits_before(WIDTHS, COUNT) <= 4:
+        second = products.existing(2 * pair + 1, GROUPS) * blocks[1] + blocks[0][0]
+        loaded = (
+            (products.load_all(acts, first, lane, GROUP, ACTIVATION, False),),
+            (products.load_all(acts, second, lane, GROUP, ACTIVATION, False),),
+        )
+    else:
+        loaded = ((products.load_all(acts, first, lane, GROUP, ACTIVATION, False),), ())
+    if COUNT == 2 and not ALIKE:
+        # Where several bodies of a kernel have such a fence, ptxas moves exchanges of lanes before it.
+        fragments.hold_loads(lane)
+    return loaded
+
+
+@triton.jit
 def many_tokens_step(
     sums,
     acts,
@@ -331,6 +364,9 @@ def many_tokens_step(
     chunks: what `products.load_chunk` gave for each tile of 16 rows. blocks: numbers of the program's blocks, and how
     many there are in all.
     """
+    loaded = ((), ())
+    if WHOLE and len(blocks[0]) == 1 and len(chunks) == 1 and not EMULATE:
+        loaded = load_early(acts, pair, lane, blocks, COUNT, ALIKE, WIDTHS, GROUP, K_PADDED, ACTIVATION)
     words = ()
     grids = ()
     for tile in tl.static_range(len(chunks)):
@@ -348,7 +384,7 @@ def many_tokens_step(
             grids,
             ats,
             lane,
-            (),
+            loaded[which],
             shrinks,
             most,
             COUNT,
