@@ -18,6 +18,7 @@ from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, Slic
 from tests.kernel_cases import spec_id
 
 ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+WIDE_LOAD = re.compile(r"\bLDG\.\S*128")
 BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 DEFAULTS = (SliceSpec(), SliceSpec(layout=Layout.BIT_MAJOR), SliceSpec(group=64))
 
@@ -106,6 +107,35 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
     own = measure(spec, 90).shared_bytes
     assert own == rings.places(4, spec.k // 128, 2)[2], "what is declared counts, and Triton takes none beside it"
     assert int(re.search(r"SHARED:(\d+)", usage)[1]) - 1024 <= own <= shared_bytes(spec), "1 KB is the driver's"
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str) -> None:
+    """A warp of eight unlike tokens waits for both at once: loads stand before the first exchange of words."""
+    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
+    assert spec.num_stages == 1, "without rings"
+    found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
+    bodies = {sum("IMMA" in i for i in body) // 16: body for body in found if any("SHFL" in i for i in body)}
+    for slices in (2, 3, 4):
+        body = bodies[slices]
+        before = body[: next(place for place, text in enumerate(body) if "SHFL" in text)]
+        groups = 2 if slices == 2 else 1
+        wide = sum(WIDE_LOAD.search(i) is not None for i in before)
+        assert wide >= 2 * slices + 5 * groups, f"{slices} slices: words of two rows, and of each group bytes and facts"
+        assert slices > 2 or not any("LDG" in i for i in body[len(before) :]), "nothing is left to wait for"
+
+
+@pytest.mark.parametrize("k", [4096, 8192])
+def test_words_ahead_have_activations_ahead(k: int, cuobjdump: str) -> None:
+    """Of two unlike slices a step begins with products of what was loaded before it began."""
+    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336)
+    bodies = loops(disassembled(spec, 90, cuobjdump, "-sass"))
+    (body,) = (body for body in bodies if sum("IMMA" in i for i in body) == 32)
+    first = next(place for place, text in enumerate(body) if "IMMA" in text)
+    operand = int(re.search(r"R(\d+)\S*\.COL", body[first])[1])
+    loaded = [int(re.search(r"LDG\S+ R(\d+)", text)[1]) for text in body[:first] if WIDE_LOAD.search(text)]
+    assert loaded, "the second group's have been asked for"
+    assert not any(number <= operand < number + 4 for number in loaded), "the first group's came with the step before"
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])
