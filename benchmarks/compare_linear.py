@@ -1,11 +1,12 @@
-"""One elastic linear in this tree and in another one, side by side on one GPU: what did a change do to its times?
+"""One elastic linear in this tree and in others, side by side on one GPU: what did a change do to its times?
 
     git worktree add ../before HEAD~1
     python benchmarks/compare_linear.py ../before --shapes 14336x4096 8192x8192 --cases 8:2:mixed 1:2
 
 A case is ``tokens:slices``, or ``tokens:slices:mixed`` for tokens of different slice counts up to that one. Each tree
 is measured by processes of its own, by its own benchmark code, in turn and several times, on one machine: times of two
-machines, or of two days, differ by more than most changes. Results are checked before they are timed.
+machines, or of two days, differ by more than most changes. Results are checked before they are timed. A round of all
+trees at once, whose times are thrown away, comes first: kernels of all are compiled together.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class TreeFailed(Exception):
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("other", type=Path, help="root of another checkout")
+    parser.add_argument("others", nargs="+", type=Path, help="roots of other checkouts")
     parser.add_argument("--shapes", nargs="+", type=shape, default=[(4096, 4096), (14336, 4096), (8192, 8192)])
     parser.add_argument(
         "--cases", nargs="+", type=case, default=[(1, 2, "uniform"), (8, 2, "mixed"), (1024, 4, "mixed")]
@@ -45,8 +46,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}, wanted at least 1")
-    if not (args.other / "benchmarks" / "linear_ours.py").is_file():
-        parser.error(f"{args.other} is no checkout: it has no benchmarks/linear_ours.py")
+    for other in args.others:
+        if not (other / "benchmarks" / "linear_ours.py").is_file():
+            parser.error(f"{other} is no checkout: it has no benchmarks/linear_ours.py")
     return args
 
 
@@ -67,66 +69,91 @@ def measure(shapes: Sequence[tuple[int, int]], cases: Sequence[tuple[int, int, s
     return rows
 
 
-def measured_by(tree: Path, given: Sequence[str]) -> list[Row]:
-    """Have a tree measure itself, in a process of its own.
+def measured_by(trees: Sequence[Path], given: Sequence[str]) -> list[list[Row]]:
+    """Have trees measure themselves, each in a process of its own, all at the same time.
 
     Raises:
-        TreeFailed: it ended with an error; the message ends with what it said last.
+        TreeFailed: one ended with an error; the message ends with what it said last.
     """
+    started = [_measuring(tree, given) for tree in trees]
+    ended = [(tree, *process.communicate(), process.returncode) for tree, process in started]
+    for tree, said, complained, code in ended:
+        if code:
+            raise TreeFailed(f"{tree} could not be measured: {(complained or said).strip()[-500:]}")
+    return [json.loads(said.splitlines()[-1]) for _, said, _, _ in ended]
+
+
+def _measuring(tree: Path, given: Sequence[str]) -> tuple[Path, subprocess.Popen[str]]:
     path = os.pathsep.join(filter(None, (str(tree.resolve()), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(Path(__file__).resolve()), str(tree), *given, "--measure"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise TreeFailed(f"{tree} could not be measured: {(done.stderr or done.stdout).strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = os.environ | {"PYTHONPATH": path}
+    return tree, subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def compared(other: Sequence[Sequence[Row]], this: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return a row a case: the median of each tree's rounds, and how many times as fast this tree is."""
+def compared(rounds: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> list[Row]:
+    """Return a row a case: the median of each tree's rounds, and how many times as fast as others the last tree is.
+
+    Args:
+        rounds: By tree its name and what it measured in each round.
+
+    Returns:
+        Facts of the case, ``times_us`` and ``faster`` by tree, and ``spread``: the slowest round over the fastest of
+        the tree where they differ most.
+    """
     rows = []
-    for cells in zip(*other, *this, strict=True):
-        times = [cell["time_us"] for cell in cells]
-        before, after = statistics.median(times[: len(other)]), statistics.median(times[len(other) :])
-        facts = {name: value for name, value in cells[0].items() if name != "time_us"}
-        spread = max(max(part) / min(part) for part in (times[: len(other)], times[len(other) :]))
-        figures = {"other_us": before, "this_us": after, "faster": before / after, "spread": spread}
-        rows.append(facts | {name: round(value, 3) for name, value in figures.items()})
+    for number, cell in enumerate(rounds[0][1][0]):
+        times = {name: [found[number]["time_us"] for found in own] for name, own in rounds}
+        medians = {name: statistics.median(own) for name, own in times.items()}
+        last = medians[rounds[-1][0]]
+        facts = {name: value for name, value in cell.items() if name != "time_us"}
+        facts["times_us"] = {name: round(value, 3) for name, value in medians.items()}
+        facts["faster"] = {name: round(value / last, 3) for name, value in medians.items()}
+        rows.append(facts | {"spread": round(max(max(own) / min(own) for own in times.values()), 3)})
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return rows as text."""
-    lines = [
-        f"{'N x K':>14} {'tokens':>7} {'slices':>7} {'counts':>8} {'other us':>10} {'this us':>10} {'faster':>7} spread"
-    ]
+    """Return rows as text: microseconds of each tree, and how many times as fast as the first the last is."""
+    names = list(rows[0]["times_us"])
+    wide = [max(10, len(name)) for name in names]
+    heads = " ".join(f"{name:>{size}}" for name, size in zip(names, wide, strict=True))
+    lines = [f"{'N x K':>14} {'tokens':>7} {'slices':>7} {'counts':>8} {heads} {'faster':>7} spread"]
     for row in rows:
         size = f"{row['n']} x {row['k']}"
         facts = f"{size:>14} {row['tokens']:>7} {row['slices']:>7} {row['counts']:>8}"
-        lines.append(
-            f"{facts} {row['other_us']:>10.2f} {row['this_us']:>10.2f} {row['faster']:>7.3f} {row['spread']:.3f}"
-        )
+        times = " ".join(f"{us:>{size}.2f}" for us, size in zip(row["times_us"].values(), wide, strict=True))
+        lines.append(f"{facts} {times} {row['faster'][names[0]]:>7.3f} {row['spread']:.3f}")
     return "\n".join(lines)
 
 
+def names_of(trees: Sequence[Path]) -> list[str]:
+    """Return the trees' folders, or their whole paths where two folders have one name."""
+    names = [tree.resolve().name for tree in trees]
+    return names if len(set(names)) == len(names) else [str(tree.resolve()) for tree in trees]
+
+
 def main(given: Sequence[str] | None = None) -> int:
-    """Measure both trees in turn and print what came out."""
+    """Measure all trees in turn and print what came out."""
     args = arguments(given)
     if args.measure:
-        sys.path.insert(0, str(args.other.resolve() / "benchmarks"))
+        sys.path.insert(0, str(args.others[0].resolve() / "benchmarks"))
         print(json.dumps(measure(args.shapes, args.cases, args.device)))
         return 0
     options = ["--device", args.device, "--shapes", *("x".join(map(str, size)) for size in args.shapes)]
     options += ["--cases", *(":".join(map(str, what)) for what in args.cases)]
-    found: list[tuple[Path, list[list[Row]]]] = [(args.other, []), (HERE, [])]
+    trees = [*args.others, HERE]
+    found: list[list[list[Row]]] = [[] for _ in trees]
     try:
+        print(f"all {len(trees)} trees at once, to compile", file=sys.stderr)
+        measured_by(trees, options)
         for number in range(args.rounds):
-            for tree, rounds in found:
+            for tree, rounds in zip(trees, found, strict=True):
                 print(f"round {number + 1} of {args.rounds}: {tree}", file=sys.stderr)
-                rounds.append(measured_by(tree, options))
+                rounds += measured_by([tree], options)
     except TreeFailed as error:
         print(error, file=sys.stderr)
         return 1
-    rows = compared(found[0][1], found[1][1])
+    rows = compared(list(zip(names_of(trees), found, strict=True)))
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return 0
 

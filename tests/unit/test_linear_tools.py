@@ -59,43 +59,49 @@ def test_what_is_no_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_medians_of_rounds_are_compared() -> None:
-    first, second = compare_linear.compared(
-        [rows(10, 6), rows(12, 6), rows(10, 6)], [rows(5, 6), rows(5, 9), rows(4, 6)]
-    )
-    assert (first["other_us"], first["this_us"], first["faster"]) == (10, 5, 2)
+    before, between = [rows(10, 6), rows(12, 6), rows(10, 6)], [rows(20, 6)] * 3
+    after = [rows(5, 6), rows(5, 9), rows(4, 6)]
+    first, second = compare_linear.compared([("before", before), ("between", between), ("after", after)])
+    assert first["times_us"] == {"before": 10, "between": 20, "after": 5}
+    assert first["faster"] == {"before": 2, "between": 4, "after": 1}
     assert (first["spread"], second["spread"]) == (1.25, 1.5), "the slowest round over the fastest of a tree"
-    assert second["faster"] == 1
+    assert set(second["faster"].values()) == {1}
     assert "time_us" not in first
 
 
-def test_trees_are_measured_in_turn(
+def test_trees_are_measured_in_turn_once_all_are_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
+    one, two = (tree(tmp_path / name, "") for name in ("one", "two"))
+    trees = [one, two, compare_linear.HERE]
 
-    def measured_by(where: Path, given: list[str]) -> list[dict]:
+    def measured_by(where: list[Path], given: list[str]) -> list[list[dict]]:
         asked.append((where, given))
-        return [
-            {"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 2.0 if where == other else 1.0}
-        ]
+        times = (trees.index(tree) + 1.0 for tree in where)
+        return [[{"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": us}] for us in times]
 
     monkeypatch.setattr(compare_linear, "measured_by", measured_by)
-    other = tree(tmp_path / "other", "")
     options = ["--device", "cpu", "--shapes", "4x2", "--cases", "8:2:mixed", "1:1:uniform"]
     given = [*options[:-1], "1:1", "--rounds", "2", "--json"]
-    assert compare_linear.main([f"{other}/", *given]) == 0
-    assert asked == [(where, options) for where in (other, compare_linear.HERE) * 2]
-    assert json.loads(capsys.readouterr().out)[0]["faster"] == 2
-    assert compare_linear.main([str(other)]) == 0
-    assert "2.000" in capsys.readouterr().out
+    assert compare_linear.main([f"{one}/", str(two), *given]) == 0
+    assert asked == [(where, options) for where in (trees, *([tree] for tree in trees * 2))]
+    here = compare_linear.HERE.name
+    assert json.loads(capsys.readouterr().out)[0]["times_us"] == {"one": 1, "two": 2, here: 3}
+    assert compare_linear.main([str(one)]) == 0
+    assert "0.333" in capsys.readouterr().out, "times as fast as the first"
 
 
-def test_a_tree_measures_itself_by_its_own_code(tmp_path: Path) -> None:
-    found = compare_linear.measured_by(
-        tree(tmp_path / "other", STUB.format(7.5)), ["--shapes", "4x2", "--device", "cpu"]
-    )
-    assert [row["time_us"] for row in found] == [7.5] * 3
-    assert found[1] == {"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 7.5}
+def test_trees_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    trees = [tmp_path / "a" / "main", tmp_path / "b" / "main"]
+    assert compare_linear.names_of(trees) == [str(path) for path in trees]
+
+
+def test_trees_measure_themselves_by_their_own_code(tmp_path: Path) -> None:
+    trees = [tree(tmp_path / str(us), STUB.format(us)) for us in (7.5, 8.5)]
+    found = compare_linear.measured_by(trees, ["--shapes", "4x2", "--device", "cpu"])
+    assert [[row["time_us"] for row in rows] for rows in found] == [[7.5] * 3, [8.5] * 3]
+    assert found[0][1] == {"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 7.5}
 
 
 def test_a_tree_that_fails_is_named_with_what_it_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
