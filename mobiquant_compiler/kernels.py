@@ -184,11 +184,11 @@ def fused_kernel(
     return cache.load(configs.wgmma_spec(spec, k, target, small=small, row_unit=row_unit, has_bias=has_bias))
 
 
-def fused_is_small(tokens: int, n: int, groups: int) -> bool:
+def fused_is_small(tokens: int, n: int, k: int, groups: int) -> bool:
     """Say whether a call takes the fused kernel with small tiles; its tokens may have `groups` different counts."""
     from mobiquant_compiler.codegen import configs
 
-    return configs.wgmma_is_small(tokens, n, groups)
+    return configs.wgmma_is_small(tokens, n, k, groups)
 
 
 @cache

@@ -18,6 +18,26 @@ REGISTERS = 65536  # of a multiprocessor, for every target
 PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
 BATCH_TOKENS = 9  # calls of fewer are never multiplied by batch_wgmma
 MAX_SIBLINGS = 4  # linears of one launch
+_MOST_PARTS = 8  # of a program of sliced_wgmma: more take longer to add up than they save
+_PART_COLUMNS = 4 * 128  # that a part has at least: four steps
+
+
+def most_parts(columns: int) -> int:
+    """Return into how many parts programs of sliced_wgmma may cut padded columns; 1 where they are too few."""
+    return max(1, min(_MOST_PARTS, -(-columns // 128) * 128 // _PART_COLUMNS))
+
+
+def split_programs(programs: int, at_once: int, columns: int) -> tuple[int, int, int]:
+    """Return how programs of sliced_wgmma run, `at_once` at a time: as `split_columns.share_of` says.
+
+    Returns:
+        How many are whole, how many are the rest, which fills no wave, and into how many parts each of these is cut.
+    """
+    rest, most = programs % at_once, most_parts(columns)
+    parts = min(at_once // max(rest, 1), most)
+    if parts == 1 and most >= 3 and 3 * rest <= 2 * at_once:
+        parts = 3
+    return programs - rest, rest, parts
 
 
 class Layout(StrEnum):

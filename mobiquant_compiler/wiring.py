@@ -200,7 +200,7 @@ def by_fused(
 
     def kernel_of(weight: Weight, tokens: int) -> Kernel:
         facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
-        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, groups), **facts)
+        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, k, groups), **facts)
 
     return fused.fused_linears(gather_kernel(spec, k, target), kernel_of, x, counts, weights)
 

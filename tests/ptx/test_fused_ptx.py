@@ -18,6 +18,7 @@ H100 = Target.of(90)
 BODIES = 2 * 2  # two widths of tiles of tokens, two slice counts
 PRODUCTS = 8  # of 16 columns, in a step
 STAGES = 2  # of 64 columns, in a step
+SHORT = 896  # columns that are too few to be split
 READS = 2  # of words: those of the first step before the loop, and in it those of the next
 
 
@@ -144,6 +145,24 @@ def test_other_dtypes(dtypes: Dtypes) -> None:
 
 def test_rows_of_any_number_are_written_one_by_one() -> None:
     stores = r"st\.global\.v4\.b32"
-    assert re.search(stores, compiled(spec_of(True)).asm["ptx"])
-    odd = wgmma_spec(SliceSpec((2, 2), 64), 4096, H100, small=True)
+    assert re.search(stores, compiled(spec_of(True, SHORT)).asm["ptx"])
+    odd = wgmma_spec(SliceSpec((2, 2), 64), SHORT, H100, small=True)
     assert not re.search(stores, compiled(odd).asm["ptx"])
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_parts_leave_their_sums_before_they_say_so_and_are_read_once_they_did(small: bool) -> None:
+    """Sixteen bytes at a time, and with nothing between threads: each waits for itself."""
+    spec = spec_of(small)
+    names = r"(?:st|ld)\.global\.v4\.b32|red\.release\.gpu\.global|again: ld\.acquire\.gpu\.global|bar\.sync"
+    order = re.findall(names, compiled(spec).asm["ptx"])
+    said = [at for at, name in enumerate(order) if name.startswith("red")]
+    assert len(said) == order.count("again: ld.acquire.gpu.global") == spec.consumers * BODIES
+    sums = [spec.block_m // 8, spec.block_m // 16]  # of a thread, by fours, in the wide tile and the narrow one
+    left = sorted(next(n for n in range(at) if order[at - 1 - n] != "st.global.v4.b32") for at in said)
+    assert left == sorted(2 * spec.consumers * sums)
+    assert order.count("ld.global.v4.b32") == 2 * spec.consumers * sum(sums)
+
+
+def test_columns_that_are_too_few_to_be_split_know_nothing_of_parts() -> None:
+    assert not re.search(r"red\.release|ld\.acquire", compiled(spec_of(True, SHORT)).asm["ptx"])

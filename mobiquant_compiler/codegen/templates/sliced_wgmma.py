@@ -3,25 +3,25 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mobiquant_compiler.codegen import sorted_tiles
+from mobiquant_compiler.codegen import sorted_tiles, split_columns
 
 
 @gluon.jit
-def narrow_tiles(offsets_ptr, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Return how many tiles there are if all are narrow, of half of BLOCK_M tokens."""
+def count_tiles(offsets_ptr, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Return how many tiles of tokens there are."""
     tiles = gl.to_tensor(0)
     for index in gl.static_range(NUM_SLICES):
         size = gl.load(offsets_ptr + index + 1) - gl.load(offsets_ptr + index)
-        tiles += (size + BLOCK_M // 2 - 1) // (BLOCK_M // 2)
+        tiles += (size + BLOCK_M - 1) // BLOCK_M
     return tiles
 
 
 @gluon.jit
-def find_tile(offsets_ptr, tile, halved, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
+def find_tile(offsets_ptr, tile, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
     """Return slice count, first token and end of the group of a tile of tokens; count 0 where there is no such tile.
 
     A group is cut into tiles of BLOCK_M tokens, and a last one of half as many where that will do. Wide tiles come
-    first, so that the shortest programs are the last ones. Where they are `halved` all tiles are narrow.
+    first, so that the shortest programs are the last ones.
     """
     found = gl.to_tensor(0)
     first = gl.to_tensor(0)
@@ -30,7 +30,7 @@ def find_tile(offsets_ptr, tile, halved, NUM_SLICES: gl.constexpr, BLOCK_M: gl.c
         for index in gl.static_range(NUM_SLICES):
             start = gl.load(offsets_ptr + (NUM_SLICES - 1 - index))
             stop = gl.load(offsets_ptr + (NUM_SLICES - index))
-            here = gl.where(halved, 0, (stop - start + BLOCK_M // 2 - 1) // BLOCK_M)
+            here = (stop - start + BLOCK_M // 2 - 1) // BLOCK_M
             if narrow:
                 start += here * BLOCK_M
                 here = (stop - start + BLOCK_M // 2 - 1) // (BLOCK_M // 2)
@@ -42,7 +42,7 @@ def find_tile(offsets_ptr, tile, halved, NUM_SLICES: gl.constexpr, BLOCK_M: gl.c
     return found, first, end
 
 
-@gluon.jit(do_not_specialize=("scale_ptr", "zero_ptr", "bias_ptr", "tiles", "at_once", "row_units"))
+@gluon.jit(do_not_specialize=("scale_ptr", "zero_ptr", "bias_ptr", "at_once", "row_units"))
 def sliced_wgmma(
     x_desc,
     x_half_desc,
@@ -53,7 +53,8 @@ def sliced_wgmma(
     zero_ptr,
     bias_ptr,
     y_ptr,
-    tiles,
+    partial_ptr,
+    marks_ptr,
     at_once,
     row_units,
     WIDTHS: gl.constexpr,
@@ -69,23 +70,25 @@ def sliced_wgmma(
     NUM_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     ROW_UNIT: gl.constexpr,
+    MOST_PARTS: gl.constexpr,
 ):
     """Multiply tokens, grouped by slice count, by a weight of which each uses the slices that its count says.
 
     A program has up to BLOCK_M tokens of one count, which it finds in the offsets, and BLOCK_N output rows, 64 for each
     of two warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache while
-    weights stream by. A tile of at most half as many tokens takes products of half as many columns, and all tiles do
-    where programs of those are no more than run at a time.
+    weights stream by. A tile of at most half as many tokens takes products of half as many columns. Programs that do
+    not fill their last wave over the multiprocessors are split along the columns, as `split_columns.share_of` says.
 
     Shapes: x [T, K_PADDED rounded up to 128], tokens in the order of their counts, columns as `operands.column_of`
         says, described in boxes of BLOCK_M and of half of it, by 64 columns; rows int32 [T], where each came from;
         offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of BLOCK_N
         by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units
-        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as there are;
-        at_once, programs that run at a time. Grid: (tiles ceil(n_rows / BLOCK_N),).
+        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; at_once, programs that run at a time;
+        partial float32 [parts, 256 128], sums of all parts but the last of each tile; marks int32 [tiles that are
+        split, 256], zero before and afterwards. Grid: at least as many as programs and their parts.
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
         scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
-        of the code at a time; sums are float32, and rounded once with the bias.
+        of the code at a time; sums, and sums of parts, are float32, and rounded once with the bias.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
@@ -96,21 +99,24 @@ def sliced_wgmma(
     gl.static_assert(NUM_STAGES >= 2, "one stage is read while others are written")
     n_rows = row_units * ROW_UNIT
     blocks = (n_rows + BLOCK_N - 1) // BLOCK_N
-    band = gl.program_id(0) // (BLOCK_W * blocks)
-    inside = gl.program_id(0) - band * (BLOCK_W * blocks)
-    across = gl.minimum(tiles - band * BLOCK_W, BLOCK_W)
+    # The compiler must not know the number of steps: it would unroll a single one.
+    steps = (K_PADDED + 127) // 128 + (n_rows >> 31)
+    tiles = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M)
+    number, share = split_columns.share_of(gl.program_id(0), tiles * blocks, at_once, steps, MOST_PARTS)
+    band = number // (BLOCK_W * blocks)
+    inside = number - band * (BLOCK_W * blocks)
+    across = gl.maximum(gl.minimum(tiles - band * BLOCK_W, BLOCK_W), 1)
     first_row = inside // across * BLOCK_N
-    halved = narrow_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M) * blocks <= at_once
     found, first, end = find_tile(
         offsets_ptr=offsets_ptr,
-        tile=band * BLOCK_W + inside % across,
-        halved=halved,
+        tile=gl.where(number < tiles * blocks, band * BLOCK_W + inside % across, tiles),
         NUM_SLICES=NUM_SLICES,
         BLOCK_M=BLOCK_M,
     )
-    narrow = (halved | (end - first <= BLOCK_M // 2)).to(gl.int32)
+    narrow = (end - first <= BLOCK_M // 2).to(gl.int32)
     weight = (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else scale_ptr)
     place = (first, end, first_row, n_rows)
+    scratch = (partial_ptr, marks_ptr) if MOST_PARTS > 1 else ()
     # One condition in the other: the two of them joined by `&` cost ten instructions a step in the bodies (ptxas).
     for shrink in gl.static_range(2):
         if narrow == shrink:
@@ -122,10 +128,13 @@ def sliced_wgmma(
                         rows_ptr,
                         y_ptr,
                         place,
+                        share,
+                        scratch,
                         count,
                         BLOCK_M >> shrink,
                         GROUP,
                         K_PADDED,
                         HAS_BIAS,
                         NUM_STAGES,
+                        MOST_PARTS,
                     )
