@@ -220,6 +220,7 @@ class KernelSpec:
         prefetch: PREFETCH, columns of the base slice, or of a trained router, to bring into the L2 cache while waiting
             for the kernel before.
         max_registers: Registers a thread may use, 0 for as many as the compiler likes.
+        split: MOST_PARTS above 1, programs of a last wave are split along the columns (sliced_wgmma).
         sorted_rows: SORTED_ROWS, tokens are grouped by slice count: every count in use is written (dequantize).
         emulate: EMULATE, spell out in tensors what is inline assembly elsewhere (the interpreter runs none).
     """
@@ -249,6 +250,7 @@ class KernelSpec:
     overlap: bool = False
     prefetch: int = 0
     max_registers: int = 0
+    split: bool = False
     sorted_rows: bool = False
     emulate: bool = False
 
@@ -264,6 +266,9 @@ class KernelSpec:
             raise BadKernelSpec(family=self.family, name="hidden", got=self.hidden, wanted="at least 0")
         if self.num_stages < 1:
             raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
+        if self.split and most_parts(self.k) == 1:
+            wanted = f"no split of fewer than {2 * _PART_COLUMNS} columns"
+            raise BadKernelSpec(family=self.family, name="split", got=self.k, wanted=wanted)
         if not 1 <= self.parts <= MAX_SIBLINGS:
             wanted = f"1 to {MAX_SIBLINGS}"
             raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
@@ -272,7 +277,7 @@ class KernelSpec:
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = ("route", "quantize", "token_rows", "overlap", "sorted_rows", "has_bias", "emulate")
+        flags = ("route", "quantize", "token_rows", "overlap", "split", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
         network = f"_h{self.hidden}" if self.hidden else ""

@@ -68,6 +68,7 @@ _FIXED = {
     "first_row": "i32",
     "rows": "i32",
     "row_units": "i32",
+    "tiles": "i32",
     "marks": "i32",
     "at_once": "i32",
 }

@@ -9,8 +9,8 @@ for 32 bytes of each, and the path from the L1 cache that it keeps busy is the o
 Names: memory is (acts, words, staged). acts and words are rings of stages in shared memory, (stages, ready, empty): 64
 columns of activations, and a step's words, 128 columns of COUNT slices; staged are outputs on their way. weight is
 (scale, zero, bias) and given (weight, origins of tokens, outputs, scratch); place is (first token, end of the group,
-first row, rows in all). share and scratch are those of `split_columns`; turns of rings and steps of loops are counted
-from the first step of the share.
+first row, rows in all). share and scratch are those of `split_columns`, () where no program is split; turns of rings
+and steps of loops are counted from the first step of the share.
 """
 
 from triton.experimental import gluon
@@ -30,12 +30,17 @@ WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time; `configs
 
 
 @gluon.jit
-def steps_of(share, K_PADDED: gl.constexpr):
-    """Return the number of steps of a share.
+def steps_of(place, share, K_PADDED: gl.constexpr):
+    """Return the number of steps of 128 columns, which the compiler does not know: it would unroll a single one.
 
-    That they are not many saves instructions for turns of rings; a single one must not be known: it would be unrolled.
+    That those of a share are not many saves instructions for turns of rings.
     """
-    return gl.minimum(share[1], (K_PADDED + 127) // 128 + 1)
+    ALL: gl.constexpr = (K_PADDED + 127) // 128
+    if len(share) == 0:
+        steps = ALL + (place[3] >> 31)
+    else:
+        steps = gl.minimum(share[1], ALL + 1)
+    return steps
 
 
 @gluon.jit
@@ -76,8 +81,8 @@ def produce(
     x_stages, x_ready, _ = acts
     word_stages, words_ready, _ = words
     first, _, first_row, n_rows = place
-    begin = share[0]
-    for step in range(steps_of(share, K_PADDED)):
+    begin = share[0] if len(share) > 0 else 0
+    for step in range(steps_of(place, share, K_PADDED)):
         slot = await_empty(words, step, WORD_STAGES)
         bar = words_ready.index(slot)
         mbarrier.expect(bar, COUNT * 128 * 32)
@@ -166,7 +171,6 @@ def consume(
     K_PADDED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    MOST_PARTS: gl.constexpr,
 ):
     """Multiply 64 rows by TOKENS tokens, over the columns of a share, and write the result or leave it as a part."""
     acts, words, staged = memory
@@ -176,7 +180,8 @@ def consume(
     DTYPE: gl.constexpr = acts[0].dtype
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
-    begin, last = share[0], steps_of(share, K_PADDED) - 1
+    begin = share[0] if len(share) > 0 else 0
+    last = steps_of(place, share, K_PADDED) - 1
     group_at = operands.group_offsets(first_row, n_rows, GROUP, K_PADDED, 4)
     at = (scale_ptr + group_at, zero_ptr + group_at)
     exponent = operands.exponents_of(first_row, n_rows, DTYPE, 4)
@@ -198,10 +203,10 @@ def consume(
         grid = operands.grid_of(scale, zero, COUNT, DTYPE)
         near_words, far_words = read_words(words, following, WHO, COUNT)
         near = four_operands(near_words, exponent, grid, OPERAND, COUNT, DTYPE)
-        scale, zero = load_facts(at, gl.minimum(step + (begin + 2), begin + last), GROUP, K_PADDED)
+        scale, zero = load_facts(at, begin + gl.minimum(step + 2, last), GROUP, K_PADDED)
         sums = end_stage(sums, far, acts, 2 * step + 1, NUM_STAGES)
         give_words_back(words, following)
-    if MOST_PARTS == 1:
+    if len(share) == 0:
         write_tile(sums, staged.index(WHO), bias_ptr, rows_ptr, y_ptr, place, first_row, HAS_BIAS, TOKENS)
     elif share[2] + 1 < share[3]:
         split_columns.leave_sums(sums, scratch, share, WHO, TOKENS)
@@ -272,7 +277,6 @@ def multiply_tile(
     K_PADDED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    MOST_PARTS: gl.constexpr,
 ):
     """Multiply a tile of up to TOKENS tokens of COUNT slices by 128 rows, and write the result or a part of it."""
     x_desc, slices_desc = descs
@@ -290,18 +294,14 @@ def multiply_tile(
     memory = (acts, words, staged)
     given = (weight, rows_ptr, y_ptr, scratch)
     # Constants are spelled out: one that goes by way of a variable is none any more.
-    # fmt: off
     gl.warp_specialize(
         [
-            (consume,
-             (memory, given, place, share, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES, MOST_PARTS)),
-            (consume,
-             (memory, given, place, share, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES, MOST_PARTS)),
+            (consume, (memory, given, place, share, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
+            (consume, (memory, given, place, share, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
             (produce, (descs, memory, place, share, COUNT, TOKENS, K_PADDED, NUM_STAGES)),
         ],
         [4, 1],
         [REGISTERS[0], REGISTERS[1]],
     )
-    # fmt: on
     invalidate(acts, NUM_STAGES)
     invalidate(words, WORD_STAGES)

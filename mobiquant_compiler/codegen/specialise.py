@@ -54,7 +54,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "CONSUMERS": spec.consumers,
         "TOKEN_ROWS": spec.token_rows,
         "EMULATE": spec.emulate,
-        "MOST_PARTS": most_parts(spec.k),
+        "MOST_PARTS": most_parts(spec.k) if spec.split else 1,
     }
 
 

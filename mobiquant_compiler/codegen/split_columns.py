@@ -29,21 +29,17 @@ def share_of(program, programs, at_once, steps, MOST_PARTS: gl.constexpr):
     they are more than half of a wave, two waves of thirds hold up to two thirds of one; more stay whole, as finer parts
     take longer to add up than they save. The last part has no more steps than others.
     """
-    if MOST_PARTS == 1:
-        number = program
-        share = (gl.to_tensor(0), steps, gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0))
-    else:
-        whole = programs // at_once * at_once
-        rest = programs - whole
-        parts = gl.minimum(at_once // gl.maximum(rest, 1), MOST_PARTS)
-        if MOST_PARTS >= 3:
-            parts = gl.where((parts == 1) & (3 * rest <= 2 * at_once), 3, parts)
-        parts = gl.where(program < whole, 1, parts)
-        behind = (program - whole) // parts
-        number = whole + behind
-        part = program - whole - behind * parts
-        first = (steps * part + parts - 1) // parts
-        share = (first, (steps * (part + 1) + parts - 1) // parts - first, part, parts, behind)
+    whole = programs // at_once * at_once
+    rest = programs - whole
+    parts = gl.minimum(at_once // gl.maximum(rest, 1), MOST_PARTS)
+    if MOST_PARTS >= 3:
+        parts = gl.where((parts == 1) & (3 * rest <= 2 * at_once), 3, parts)
+    parts = gl.where(program < whole, 1, parts)
+    behind = (program - whole) // parts
+    number = whole + behind
+    part = program - whole - behind * parts
+    first = (steps * part + parts - 1) // parts
+    share = (first, (steps * (part + 1) + parts - 1) // parts - first, part, parts, behind)
     return number, share
 
 

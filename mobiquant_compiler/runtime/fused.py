@@ -3,10 +3,11 @@
 Everything here can be captured into a CUDA graph: sizes follow from shapes, what depends on data is read by kernels.
 
 Numerics: weights are a code less its middle, times the scale, plus an offset, in the dtype of the activations: scale,
-offset and weight are rounded, of four slices in bfloat16 in two steps (in float16 what is below 6e-5 loses bits). Sums
-are float32; bias is added before they are rounded. Where programs do not fill their last wave, a sum is that of parts
-of the columns. How many parts depends on how many tokens there are of each count, so the last bits of a token's result
-depend on its companions. The order within a part, and of parts, is fixed: a call gives the same bits every time.
+offset and weight are rounded, of four slices in bfloat16 in two steps (in float16 what is below 6e-5 loses bits).
+Sums are float32; bias is added before they are rounded. Where programs do not fill their last wave, and the kernel
+splits them, a sum is that of parts of the columns. How many parts depends on how many tokens there are of each count,
+so the last bits of a token's result depend on its companions. The order within a part, and of parts, is fixed: a call
+gives the same bits every time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class GatheredTokens:
         x: [T, K_padded up to 128], in the order of their counts, columns in the order of operands.
         rows: int32 [T], where each token came from.
         offsets: int32 [E + 1], on the device; tokens of count c are ``offsets[c - 1] : offsets[c]``.
-        at_once: Programs of `multiply` that run at a time: those that do not fill their last wave are split.
+        at_once: Programs of `multiply` that run at a time: those that do not fill their last wave are split, or tiles
+            have half the tokens where as many are enough.
         partial: float32, room for the sums of parts; linears take it one after the other, as they do `marks`.
         marks: int32, zeros before and after each linear: what says that parts are there.
     """
@@ -106,13 +108,16 @@ def row_unit(n: int) -> int:
     return 1 if n % 8 else 8
 
 
-def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, at_once: int | None = None) -> GatheredTokens:
+def gather(
+    kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, split: bool = True, at_once: int | None = None
+) -> GatheredTokens:
     """Bring tokens of equal slice count together, in their order, and their columns into the order of operands.
 
     Args:
         kernel: gather_tokens.
         x: [T, K].
         counts: int32, T of them in any shape; values outside 1..E count as the nearest.
+        split: Whether there is a kernel of `multiply` that splits programs of a last wave, and needs room for parts.
         at_once: Programs of `multiply` that run at a time, the device's multiprocessors by default.
     """
     spec, (tokens, columns) = kernel.spec, x.shape
@@ -122,9 +127,9 @@ def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, at_once: int 
     rows = torch.empty(tokens, dtype=torch.int32, device=x.device)
     offsets = torch.empty(len(spec.widths) + 1, dtype=torch.int32, device=x.device)
     at_once = multiprocessors(x.device) if at_once is None else at_once
-    slots, split = scratch_of(spec.k, at_once)
+    slots, tiles = scratch_of(spec.k, at_once) if split else (0, 0)
     partial = torch.empty(slots * _SLOT, dtype=torch.float32, device=x.device)
-    marks = torch.empty(split * _THREADS, dtype=torch.int32, device=x.device)
+    marks = torch.empty(tiles * _THREADS, dtype=torch.int32, device=x.device)
     kernel.launch(
         (ceil_div(tokens, spec.block_m),),
         x_ptr=x.contiguous(),
@@ -166,8 +171,12 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
     assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
     y = torch.empty(tokens.tokens, weight.rows, dtype=tokens.x.dtype, device=tokens.x.device)
     blocks = ceil_div(weight.rows, spec.block_n)
+    facts = (tokens.tokens, len(spec.widths), spec.block_m)
+    tiles = most_tiles(*facts, tokens.at_once // blocks)
+    programs = most_programs(*facts, blocks, tokens.at_once, spec.k) if spec.split else tiles * blocks
+    assert tokens.marks.numel() or not spec.split, "tokens were gathered for kernels that split nothing"
     kernel.launch(
-        (most_programs(tokens.tokens, len(spec.widths), spec.block_m, blocks, tokens.at_once, spec.k),),
+        (programs,),
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
@@ -178,10 +187,21 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
         y_ptr=y,
         partial_ptr=tokens.partial,
         marks_ptr=tokens.marks,
+        tiles=tiles,
         at_once=tokens.at_once,
         row_units=weight.rows // spec.row_unit,
     )
     return y
+
+
+def most_tiles(tokens: int, groups: int, block_m: int, together: int) -> int:
+    """Return how many tiles there are at most where no program is split, however many tokens each of the groups has.
+
+    Of groups that end inside a tile there is one less than there are groups. Tiles of half the tokens are more, but
+    only made where no more than `together` of them are needed.
+    """
+    ends = groups - 1
+    return max(ceil_div(tokens, block_m) + ends, min(ceil_div(tokens, block_m // 2) + ends, together))
 
 
 @lru_cache(maxsize=1024)
@@ -219,6 +239,7 @@ def fused_linears(
     if flat.shape[0] == 0:
         return [x.new_empty(*x.shape[:-1], weight.rows) for weight in weights]
     with torch.cuda.device_of(x):
-        tokens = gather(gather_kernel, flat, counts)
-        found = [multiply(kernel_of(weight, tokens.tokens), tokens, weight) for weight in weights]
+        kernels = [kernel_of(weight, flat.shape[0]) for weight in weights]
+        tokens = gather(gather_kernel, flat, counts, split=any(kernel.spec.split for kernel in kernels))
+        found = [multiply(kernel, tokens, weight) for kernel, weight in zip(kernels, weights, strict=True)]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -13,7 +13,7 @@ from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import Prefill, SliceSpec
+from mobiquant_compiler.spec import Prefill, SliceSpec, most_parts
 from tests import waiting
 from tests.kernel_cases import Case, random_case, spec_id
 from tests.rounded_weights import unpacked_weights
@@ -50,7 +50,7 @@ def with_rounded_weights(case: Case) -> Tensor:
     return y if case.bias is None else y + case.bias.double()
 
 
-def run(case: Case, small: bool | None = None, at_once: int | None = None) -> Tensor:
+def run(case: Case, small: bool | None = None, at_once: int | None = None, split: bool | None = None) -> Tensor:
     """Run the fused linear of a case with memory that is NaN before, in one of `TILES` or those that calls take."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -63,6 +63,7 @@ def run(case: Case, small: bool | None = None, at_once: int | None = None) -> Te
             k,
             target,
             small=small,
+            split=most_parts(case.spec.padded(k)) > 1 if split is None else split,
             row_unit=fused.row_unit(weight.rows),
             has_bias=weight.bias is not None,
         )

@@ -27,7 +27,7 @@ from tests.rounded_weights import unpacked_weights
 
 SPEC = SliceSpec()
 H100 = Target.of(90)
-FEW, MANY = 1, 132  # programs that run at a time: waves are always full, or there is a single one
+FEW, MANY = 1, 1000  # programs that run at a time: never enough for tiles of half the tokens, and always
 TILES = ((False, FEW), (True, FEW), (False, MANY), (True, MANY))
 SIZES = ((0, 0, 0, 66), (1, 0, 0, 65), (1, 63, 64, 65), (127, 128, 129, 0), (33, 0, 257, 31), (255, 256, 0, 1))
 
@@ -43,12 +43,12 @@ class Emulated:
         gluon_emulation.run(self.spec, grid, arguments)
 
 
-def run(case: Case, small: bool, at_once: int, **tile: int) -> Tensor:
+def run(case: Case, small: bool, at_once: int, split: bool = False, **tile: int) -> Tensor:
     """Multiply the tokens of a case, in tiles of half the tokens where as many programs as run at once are enough."""
     k, weight = case.x.shape[-1], Weight(*case.arguments[2:])
-    facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
+    facts = {"split": split, "row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
     kernel = Emulated(replace(wgmma_spec(case.spec, k, H100, small=small, **facts), **tile))
-    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts, at_once=at_once)
+    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts, split=split, at_once=at_once)
     tokens.partial.fill_(float("nan"))
     y = fused.multiply(kernel, tokens, weight)
     assert not tokens.marks.any(), "marks are as they were before"
@@ -95,13 +95,20 @@ def test_columns_and_stages(tile: dict[str, int], small: bool) -> None:
         check(run(case, small, FEW, **tile), case)
 
 
+@pytest.mark.parametrize("at_once", [17, 18])
+def test_as_many_narrow_tiles_as_run_at_a_time(at_once: int) -> None:
+    """Nine by two blocks of rows: one more than seventeen."""
+    case = with_groups((255, 256, 0, 1), 130, 128, dtype=torch.bfloat16)
+    check(run(case, True, at_once), case)
+
+
 def test_half_precision_without_bias() -> None:
     case = replace(with_groups((40, 161), 64, 256, spec=SliceSpec((2, 2), 64), dtype=torch.float16), bias=None)
     check(run(case, False, FEW), case)
 
 
 def test_tiles_do_not_change_what_a_token_gets() -> None:
-    """One product of columns after the other, in every tile: where none is split, bits depend on the columns alone."""
+    """One product of columns after the other, in every tile: bits depend on the columns alone."""
     case = with_groups((200, 40, 90, 129), 64, 512, dtype=torch.bfloat16)
     first, *others = (run(case, small, at_once) for small, at_once in TILES)
     assert all(torch.equal(first, other) for other in others)
@@ -114,24 +121,36 @@ def finders_of(groups: int) -> dict[str, Any]:
     return gluon_emulation.functions_of(specialise(spec))
 
 
-def tiles_of(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+def tiles_of(sizes: Sequence[int], halved: bool) -> list[tuple[int, ...]]:
     """Return the tiles that programs find in groups of these sizes: count, narrow, first token, end of the group."""
     find_tile, offsets = finders_of(len(sizes))["find_tile"], Pointer(torch.tensor([0, *accumulate(sizes)]))
     found: list[tuple[int, ...]] = []
     while not found or found[-1][0]:
-        one = find_tile(offsets_ptr=offsets, tile=Value(torch.tensor(len(found))))
+        one = find_tile(offsets_ptr=offsets, tile=scalar(len(found)), halved=scalar(halved))
         count, first, end = (int(raw(value)) for value in one)
-        found.append((count, int(end - first <= 128), first, end))
+        found.append((count, int(halved or end - first <= 128), first, end))
     return found[:-1]
 
 
+def scalar(value: int) -> Value:
+    """Return a number as kernels have it."""
+    return Value(torch.tensor(value))
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 700), min_size=1, max_size=4))
-def test_groups_are_cut_into_tiles_that_cover_them_once(sizes: list[int]) -> None:
-    found, ends = tiles_of(sizes), list(accumulate(sizes))
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.booleans(), st.integers(0, 20))
+def test_groups_are_cut_into_tiles_that_cover_them_once(sizes: list[int], halved: bool, together: int) -> None:
+    count_tiles = finders_of(len(sizes))["count_tiles"]
+    found, ends = tiles_of(sizes, halved), list(accumulate(sizes))
     covered = [t for _, narrow, first, end in found for t in range(first, min(first + (256 >> narrow), end))]
     assert sorted(covered) == list(range(sum(sizes)))
     assert all(end == ends[count - 1] and first >= end - sizes[count - 1] for count, _, first, end in found)
     assert [narrow for _, narrow, _, _ in found] == sorted(narrow for _, narrow, _, _ in found)
-    counted = finders_of(len(sizes))["count_tiles"](offsets_ptr=Pointer(torch.tensor([0, *ends])))
-    assert len(found) == int(raw(counted)) <= fused.most_programs(sum(sizes), len(sizes), 256, 1, 1, 128)
+    halves, whole = (int(raw(count_tiles(Pointer(torch.tensor([0, *ends])), size))) for size in (128, 256))
+    if halved:
+        assert all(narrow for _, narrow, _, _ in found)
+        assert len(found) == halves
+    if sum(sizes) and halved == (halves <= together):
+        assert len(found) <= fused.most_tiles(sum(sizes), len(sizes), 256, together)
+    if not halved:
+        assert len(found) == whole <= fused.most_programs(sum(sizes), len(sizes), 256, 1, 1, 128)

@@ -21,10 +21,17 @@ from mobiquant_compiler.spec import SliceSpec, most_parts, split_programs
 from tests import gluon_emulation
 from tests.gluon_memory import global_memory
 from tests.gluon_values import Pointer, Value, raw
-from tests.interpret.test_sliced_wgmma import H100, SPEC, Emulated, check, run, with_groups
+from tests.interpret import test_sliced_wgmma
+from tests.interpret.test_sliced_wgmma import H100, SPEC, Emulated, check, with_groups
+from tests.kernel_cases import Case
 
 TWO = SliceSpec((2, 2), 64)
 SPLIT = gluon_emulation.helpers()["split_columns"]
+
+
+def run(case: Case, small: bool, at_once: int) -> Tensor:
+    """Multiply by the kernel that splits."""
+    return test_sliced_wgmma.run(case, small, at_once, split=True)
 
 
 def share_of(program: int, programs: int, at_once: int, steps: int) -> tuple[int, ...]:
@@ -113,7 +120,7 @@ def test_linears_that_share_their_marks() -> None:
     for case in cases:
         weight = Weight(*case.arguments[2:])
         facts: dict[str, Any] = {"row_unit": fused.row_unit(weight.rows), "has_bias": True}
-        kernel = Emulated(wgmma_spec(TWO, 1600, H100, small=False, **facts))
+        kernel = Emulated(wgmma_spec(TWO, 1600, H100, small=False, split=True, **facts))
         check(fused.multiply(kernel, tokens, weight), case)
         assert not tokens.marks.any()
 

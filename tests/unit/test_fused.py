@@ -139,9 +139,10 @@ def weight(n: int, k: int, bias: bool = False) -> Weight:
     return Weight(case.slices, case.scale, case.zero, case.bias)
 
 
-def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
+def noted(n: int, k: int, small: bool, bias: bool = False, split: bool = False) -> Notes:
     """Return the kernel for a weight, without its code."""
-    return Notes(configs.wgmma_spec(SPEC, k, H100, small=small, row_unit=fused.row_unit(n), has_bias=bias))
+    facts = {"split": split, "row_unit": fused.row_unit(n), "has_bias": bias}
+    return Notes(configs.wgmma_spec(SPEC, k, H100, small=small, **facts))
 
 
 @pytest.mark.parametrize(
@@ -151,21 +152,23 @@ def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
         (257, 16896, False, 5),
         (65, 16896, True, 4),
         (129, 17000, True, 5),
-        (65, 128, True, 4),
+        (65, 128, True, 5),  # narrow: two and three more
         (65, 128, False, 4),
-        (257, 128, False, 5),
-        (512, 4096, True, 7),
+        (257, 128, False, 6),
+        (512, 4096, True, 7),  # four run at a time, of narrow ones as well
+        (250, 4096, True, 5),  # seven of narrow ones are too many at a time
+        (200, 2816, True, 6),  # and all but one
     ],
 )
 def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool, tiles: int) -> None:
-    """Tiles of tokens, one more for each further count, times tiles of rows; columns are too few to be split."""
+    """Tiles of tokens, one more for each further count, times tiles of rows; narrow ones where they run at a time."""
     k = 200
     kernel = noted(n, k, small)
     y = fused.multiply(kernel, gathered(tokens, k), weight(n, k))
     assert (y.shape, y.dtype) == ((tokens, n), torch.float16)
     ((found, arguments),) = kernel.launches
     assert found == (tiles * -(-n // 128),)
-    assert arguments["at_once"] == 132
+    assert (arguments["tiles"], arguments["at_once"]) == (tiles, 132)
     assert arguments["row_units"] * kernel.spec.row_unit == n
     assert arguments["bias_ptr"] is None
 
@@ -179,13 +182,11 @@ def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool
         (4096, 30, 84, 40, 20),  # a full wave, and thirds of 18
         (4096, 80, 144, 106, 53),  # thirds of 48
         (4096, 1000, 384, 1332, 666),  # eight parts of each program
-        (4096, 1, 48, 0, 0),  # every wave is full
-        (896, 132, 48, 0, 0),
     ],
 )
 def test_programs_and_scratch_are_enough_for_parts(k: int, at_once: int, programs: int, slots: int, split: int) -> None:
     n, tokens = 1536, gathered(65, k, at_once=at_once)
-    kernel = noted(n, k, True)
+    kernel = noted(n, k, True, split=k > 896)
     fused.multiply(kernel, tokens, weight(n, k))
     ((found, arguments),) = kernel.launches
     assert found == (programs,)
@@ -246,6 +247,29 @@ def test_launches_list_their_kernels(
     assert Family.SLICED_WGMMA not in {kernel.family for kernel in kernels_of(one, target, many, workspace=False)}
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "parts", "facts", "splits"),
+    [
+        (4096, 4096, 1, {}, (True,)),
+        (4104, 4096, 1, {}, (False,)),
+        (4096, 896, 1, {}, (False,)),
+        (4096, 4096, 3, {}, (True,)),
+        (8192, 4096, 3, {}, (False, True)),
+        (8192, 4096, 3, {"split": True}, (True,)),
+        (8192, 4096, 3, {"split": False}, (False,)),
+        (8192, 896, 3, {}, (False,)),
+    ],
+)
+def test_a_launch_knows_whether_its_kernels_are_split(
+    n: int, k: int, parts: int, facts: dict[str, bool], splits: tuple[bool, ...]
+) -> None:
+    """As wiring will choose for each weight; of some of unknown rows, some may be and some not."""
+    one = Launch(SPEC, n, k, torch.device("cuda"), torch.bfloat16, parts=parts, row_unit=8, **facts)
+    assert one.splits == splits
+    found = kernels_of(one, H100, [configs.TokenClass.MANY], workspace=True)
+    assert {kernel.split for kernel in found if kernel.family is Family.SLICED_WGMMA} == set(splits)
+
+
 @pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize(("prefill", "groups"), [(Prefill.ROUTED, 4), (Prefill.FULL, 1)], ids=str)
 def test_tiles_are_chosen_for_as_many_counts_as_tokens_can_have(
@@ -257,7 +281,7 @@ def test_tiles_are_chosen_for_as_many_counts_as_tokens_can_have(
     monkeypatch.setattr(wiring, "target_of", lambda device: H100)
     monkeypatch.setattr(wiring, "gather_kernel", lambda *args: gather)
     monkeypatch.setattr(wiring, "path_of", lambda *args: Path.FUSED)
-    monkeypatch.setattr(wiring, "fused_kernel", lambda *args, small, **facts: noted(16, k, small))
+    monkeypatch.setattr(wiring, "fused_kernel", lambda *args, small, split, **facts: noted(16, k, small, split=split))
     monkeypatch.setattr(wiring, "fused_is_small", lambda *args: asked.append(args) or True)
     one, x = weight(16, k), torch.zeros(tokens, k, dtype=torch.bfloat16)
     counts = torch.full((tokens,), 4, dtype=torch.int32)

@@ -41,7 +41,6 @@ def gather_tokens(
     K_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
 ):
     """Sort tokens by slice count, stably, and write their activations in that order.
 
@@ -78,10 +77,9 @@ def gather_tokens(
             BLOCK_W=BLOCK_W,
         )
         tl.store(offsets_ptr + groups, ends, mask=groups <= NUM_SLICES)
-    if MOST_PARTS > 1:
-        for start in range(tl.program_id(0) * BLOCK_W, marks, tl.num_programs(0) * BLOCK_W):
-            mark = start + tl.arange(0, BLOCK_W)
-            tl.store(marks_ptr + mark, tl.zeros([BLOCK_W], tl.int32), mask=mark < marks)
+    for start in range(tl.program_id(0) * BLOCK_W, marks, tl.num_programs(0) * BLOCK_W):
+        mark = start + tl.arange(0, BLOCK_W)
+        tl.store(marks_ptr + mark, tl.zeros([BLOCK_W], tl.int32), mask=mark < marks)
     WIDTH: tl.constexpr = (K_PADDED + 127) // 128 * 128
     for start in range(0, WIDTH, BLOCK_W):
         to = start + tl.arange(0, BLOCK_W)
