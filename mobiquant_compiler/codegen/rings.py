@@ -351,4 +351,3 @@ def multiply_tiles(
         place = (y_ptr, bias_ptr, own * 16, tokens, parts.of_part(part, weights[5]))
         store_tile(add_chains(sums, ring + SUMS + side % SIDES * 4096, tid, SIDES), place, tid, HAS_BIAS)
         side = 1 - side
-    wait_for_copies(tid)  # behind the last tile they bring nothing, but no program ends before they do

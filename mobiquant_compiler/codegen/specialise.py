@@ -11,7 +11,7 @@ from typing import Any
 
 from mobiquant_compiler.codegen import toolchain
 from mobiquant_compiler.errors import BadKernelSpec
-from mobiquant_compiler.spec import Family, KernelSpec, most_parts
+from mobiquant_compiler.spec import Family, KernelSpec
 
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ _HERE = Path(__file__).parent
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
     *("scaling", "products", "steps", "chains", "tiles", "batch_operands", "batch_copies", "batches"),
-    *("split_columns", "sorted_tiles", "parts", "rings"),
+    *("sorted_tiles", "parts", "rings"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)
@@ -54,7 +54,6 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "CONSUMERS": spec.consumers,
         "TOKEN_ROWS": spec.token_rows,
         "EMULATE": spec.emulate,
-        "MOST_PARTS": most_parts(spec.k) if spec.split else 1,
     }
 
 
