@@ -293,7 +293,7 @@ def multiply_tiles(
     counts_ptr, tid, most, tokens = given
     tl.static_assert(tid.shape[0] == 256, "each of eight warps has a chain")
     tl.static_assert(K_PADDED > 16 * GROUP, "a tile has two steps: scales of the next have come before its last")
-    SLICES: tl.constexpr = min(len(WIDTHS), 2)  # more slices have no rings (`tiles.multiply_in_turn`)
+    SLICES: tl.constexpr = len(WIDTHS)
     GROUPS: tl.constexpr = K_PADDED // GROUP
     STEPS: tl.constexpr = (GROUPS + 15) // 16
     DTYPE: tl.constexpr = weights[1][0].dtype.element_ty

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, fragments, parts, scaling
+from mobiquant_compiler.codegen import chains, fragments, scaling
 
 
 @triton.jit
@@ -139,49 +139,3 @@ def multiply_program(
         )
         place = (y_ptr, weight[3], program_row, first_block, tokens, n_rows)
         store_blocks(sums, place, HAS_BIAS, ONE, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)
-
-
-@triton.jit
-def multiply_in_turn(
-    acts,
-    weights,
-    given,
-    COUNT: tl.constexpr,
-    ALIKE: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUP: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Multiply up to eight tokens by every tile of 16 rows that is the program's, without rings (`rings`)."""
-    counts_ptr, tid, most, tokens = given
-    for block in tl.range(tl.program_id(1), parts.blocks_of(weights[5], 16), tl.num_programs(1)):
-        part, own = parts.which_part(block, weights[5], 16)
-        weight = (
-            parts.of_part(part, weights[0]),
-            parts.of_part(part, weights[1]),
-            parts.of_part(part, weights[2]),
-            parts.of_part(part, weights[4]),
-        )
-        y_ptr, n_rows = parts.of_part(part, weights[3]), parts.of_part(part, weights[5])
-        multiply_program(
-            acts,
-            weight,
-            (counts_ptr, y_ptr, own * 16, tid, most, tokens, n_rows),
-            1,
-            1,
-            1,
-            COUNT,
-            True,
-            False,
-            ALIKE,
-            WIDTHS,
-            GROUP,
-            LAYOUT,
-            K_PADDED,
-            ACTIVATION,
-            HAS_BIAS,
-            False,
-        )

@@ -73,7 +73,7 @@ def multiply_by_count(
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     if NUM_STAGES > 1:
         SIZE: tl.constexpr = weight[1].dtype.element_ty.primitive_bitwidth // 8
-        ring = rings.reserve(min(NUM_SLICES, 2), K_PADDED // GROUP, SIZE)
+        ring = rings.reserve(NUM_SLICES, K_PADDED // GROUP, SIZE)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
         # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
         for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
@@ -81,21 +81,7 @@ def multiply_by_count(
             if BODIES and BLOCK_M > 1 and count > 1:
                 taken = taken & ((least == most) == (alike == 1))
             if taken:
-                if NUM_STAGES > 1 and count > 2:
-                    tiles.multiply_in_turn(
-                        acts,
-                        weights,
-                        (counts_ptr, tid, most, tokens),
-                        count,
-                        alike == 1,
-                        WIDTHS,
-                        GROUP,
-                        LAYOUT,
-                        K_PADDED,
-                        ACTIVATION,
-                        HAS_BIAS,
-                    )
-                elif NUM_STAGES > 1:
+                if NUM_STAGES > 1:
                     rings.multiply_tiles(
                         acts,
                         weights,
