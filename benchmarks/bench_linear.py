@@ -144,6 +144,7 @@ class Benchmark:
         self.accuracy: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {"protocol": PROTOCOL, "seed": args.seed, "bandwidth": {}}
         self._built: dict[tuple[str, int, int], tuple[Any, str | None]] = {}
+        self.measured: set[Group] = set()
         self._written = time.monotonic()
 
     def left(self) -> float:
@@ -164,6 +165,7 @@ class Benchmark:
             for case in cases(n, k, tokens, self.args.slices):
                 self.rows.append(self._case(group, case, rivals, x))
             self._prepare(group, x)
+        self.measured.add(group)
         times = [f"{name} {entry['time_us'] or '-'}" for name, entry in rivals.items()]
         ours = [f"{r['counts'][0]}{r['slices']}{r['activation']} {r['time_us'] or '-'}" for r in self.rows[first:]]
         self.say(f"{n}x{k}, {tokens} tokens, us: {', '.join(times)} | ours {', '.join(ours)}")
@@ -267,7 +269,7 @@ def main() -> None:
     bench.say(f"{record.device_name(args.device)}, seed {args.seed}")
     if args.device == "cuda":
         warm_up(bench)
-    skipped: list[Group] = []
+    groups = plan(args.shapes, args.tokens)
     with torch.no_grad():
         try:
             found, error = attempt("bandwidth", bandwidths, bench.device)
@@ -275,12 +277,14 @@ def main() -> None:
             bench.say(f"bandwidth {bench.notes['bandwidth']}")
             if "ours" in args.methods and args.device == "cuda":
                 bench.check_accuracy()  # before the rest, which ends when the budget does
-            skipped = run_within(plan(args.shapes, args.tokens), bench.measure, bench.left)
+            run_within(groups, bench.measure, bench.left)
         except (DeviceLost, KeyboardInterrupt) as error:
             bench.notes["stopped"] = f"{type(error).__name__}: {error}"
             bench.say(bench.notes["stopped"])
-    bench.notes["skipped"] = [{"n": n, "k": k, "tokens": t, "reason": "time budget"} for n, k, t in skipped]
-    bench.say(f"skipped for time: {skipped or 'nothing'}")
+    reason = bench.notes.get("stopped", "time budget")
+    skipped = [group for group in groups if group not in bench.measured]
+    bench.notes["skipped"] = [{"n": n, "k": k, "tokens": t, "reason": reason} for n, k, t in skipped]
+    bench.say(f"skipped: {skipped or 'nothing'}")
     for line in linear_summary.lines(bench.write()):
         print(line)
 

@@ -75,19 +75,26 @@ def measured_by(trees: Sequence[Path], given: Sequence[str]) -> list[list[Row]]:
     Raises:
         TreeFailed: one ended with an error; the message ends with what it said last.
     """
-    started = [_measuring(tree, given) for tree in trees]
-    ended = [(tree, *process.communicate(), process.returncode) for tree, process in started]
+    started: list[tuple[Path, subprocess.Popen[str]]] = []
+    try:
+        for tree in trees:
+            started.append((tree, _measuring(tree, given)))
+        ended = [(tree, *process.communicate(), process.returncode) for tree, process in started]
+    finally:
+        for _, process in started:  # one that was interrupted leaves none on the GPU
+            process.kill()
+            process.wait()
     for tree, said, complained, code in ended:
         if code:
             raise TreeFailed(f"{tree} could not be measured: {(complained or said).strip()[-500:]}")
     return [json.loads(said.splitlines()[-1]) for _, said, _, _ in ended]
 
 
-def _measuring(tree: Path, given: Sequence[str]) -> tuple[Path, subprocess.Popen[str]]:
+def _measuring(tree: Path, given: Sequence[str]) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(tree.resolve()), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(Path(__file__).resolve()), str(tree), *given, "--measure"]
     environment = os.environ | {"PYTHONPATH": path}
-    return tree, subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def compared(rounds: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> list[Row]:
@@ -101,8 +108,10 @@ def compared(rounds: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> list[Row]
         the tree where they differ most.
     """
     rows = []
-    for number, cell in enumerate(rounds[0][1][0]):
-        times = {name: [found[number]["time_us"] for found in own] for name, own in rounds}
+    by_case = [zip(*own, strict=True) for _, own in rounds]
+    for cells in zip(*by_case, strict=True):
+        cell = cells[0][0]
+        times = {name: [row["time_us"] for row in own] for (name, _), own in zip(rounds, cells, strict=True)}
         medians = {name: statistics.median(own) for name, own in times.items()}
         last = medians[rounds[-1][0]]
         facts = {name: value for name, value in cell.items() if name != "time_us"}
@@ -127,9 +136,23 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def names_of(trees: Sequence[Path]) -> list[str]:
-    """Return the trees' folders, or their whole paths where two folders have one name."""
+    """Return the trees' folders, or their whole paths where folders have one name; a tree that comes again is counted.
+
+    A tree beside itself shows what differences mean nothing.
+    """
     names = [tree.resolve().name for tree in trees]
-    return names if len(set(names)) == len(names) else [str(tree.resolve()) for tree in trees]
+    if len(set(names)) < len({tree.resolve() for tree in trees}):
+        names = [str(tree.resolve()) for tree in trees]
+    seen = [names[:place].count(name) for place, name in enumerate(names)]
+    return [name if before == 0 else f"{name} ({before + 1})" for name, before in zip(names, seen, strict=True)]
+
+
+def _compile_all(trees: Sequence[Path], options: Sequence[str]) -> None:
+    print(f"all {len(trees)} trees at once, to compile", file=sys.stderr)
+    try:
+        measured_by(trees, options)
+    except TreeFailed as error:  # perhaps for want of memory: one by one they may have enough
+        print(f"{error}\ngoing on with one at a time", file=sys.stderr)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -144,8 +167,7 @@ def main(given: Sequence[str] | None = None) -> int:
     trees = [*args.others, HERE]
     found: list[list[list[Row]]] = [[] for _ in trees]
     try:
-        print(f"all {len(trees)} trees at once, to compile", file=sys.stderr)
-        measured_by(trees, options)
+        _compile_all(trees, options)
         for number in range(args.rounds):
             for tree, rounds in zip(trees, found, strict=True):
                 print(f"round {number + 1} of {args.rounds}: {tree}", file=sys.stderr)

@@ -115,9 +115,9 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
     spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
     assert spec.num_stages == 1, "without rings"
     found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
-    bodies = {sum("IMMA" in i for i in body) // 16: body for body in found if any("SHFL" in i for i in body)}
+    bodies = [body for body in found if any("SHFL" in i for i in body)]
     for slices in (2, 3, 4):
-        body = bodies[slices]
+        (body,) = (body for body in bodies if sum("IMMA" in i for i in body) == 16 * slices)
         before = body[: next(place for place, text in enumerate(body) if "SHFL" in text)]
         groups = 2 if slices == 2 else 1
         wide = sum(WIDE_LOAD.search(i) is not None for i in before)
@@ -134,7 +134,7 @@ def test_words_ahead_have_activations_ahead(k: int, cuobjdump: str) -> None:
     first = next(place for place, text in enumerate(body) if "IMMA" in text)
     operand = int(re.search(r"R(\d+)\S*\.COL", body[first])[1])
     loaded = [int(re.search(r"LDG\S+ R(\d+)", text)[1]) for text in body[:first] if WIDE_LOAD.search(text)]
-    assert loaded, "the second group's have been asked for"
+    assert loaded, "the second group's are being asked for"
     assert not any(number <= operand < number + 4 for number in loaded), "the first group's came with the step before"
 
 

@@ -95,13 +95,43 @@ def test_trees_are_measured_in_turn_once_all_are_compiled(
 def test_trees_of_one_name_are_told_apart(tmp_path: Path) -> None:
     trees = [tmp_path / "a" / "main", tmp_path / "b" / "main"]
     assert compare_linear.names_of(trees) == [str(path) for path in trees]
+    assert compare_linear.names_of([*trees, trees[0]])[2] == f"{trees[0]} (2)"
+    assert compare_linear.names_of([trees[0]] * 3) == ["main", "main (2)", "main (3)"]
 
 
-def test_trees_measure_themselves_by_their_own_code(tmp_path: Path) -> None:
-    trees = [tree(tmp_path / str(us), STUB.format(us)) for us in (7.5, 8.5)]
+def test_trees_measure_themselves_by_their_own_code_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits until the other has begun."""
+    meet = f"""
+import time
+from pathlib import Path
+own = Path(__file__).parent.parent.name
+Path({str(tmp_path)!r}, own).with_suffix(".begun").touch()
+for _ in range(600):
+    if len(list(Path({str(tmp_path)!r}).glob("*.begun"))) == 2:
+        break
+    time.sleep(0.1)
+else:
+    raise RuntimeError("alone")
+"""
+    trees = [tree(tmp_path / str(us), meet + STUB.format(us)) for us in (7, 8)]
     found = compare_linear.measured_by(trees, ["--shapes", "4x2", "--device", "cpu"])
-    assert [[row["time_us"] for row in rows] for rows in found] == [[7.5] * 3, [8.5] * 3]
-    assert found[0][1] == {"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 7.5}
+    assert [[row["time_us"] for row in rows] for rows in found] == [[7] * 3, [8] * 3]
+    assert found[0][1] == {"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 7}
+
+
+def test_trees_that_fail_together_are_tried_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured_by(where: list[Path], given: list[str]) -> list[list[dict]]:
+        if len(where) > 1:
+            raise compare_linear.TreeFailed("out of memory")
+        return [[{"n": 4, "k": 2, "tokens": 8, "slices": 2, "counts": "mixed", "time_us": 3.0}]]
+
+    monkeypatch.setattr(compare_linear, "measured_by", measured_by)
+    assert compare_linear.main([str(tree(tmp_path / "other", "")), "--shapes", "4x2"]) == 0
+    said = capsys.readouterr()
+    assert "out of memory" in said.err
+    assert "3.00" in said.out
 
 
 def test_a_tree_that_fails_is_named_with_what_it_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
