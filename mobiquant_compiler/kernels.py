@@ -80,11 +80,10 @@ def multiply_kernel(
     scale_bytes: int = 2,
 ) -> Kernel:
     """Return the kernel that multiplies a class of token counts by weights of `n` output rows together."""
-    from mobiquant_compiler.codegen import cache, configs, toolchain
+    from mobiquant_compiler.codegen import cache, resident_configs, toolchain
 
     return cache.load(
-        configs.kernel_spec(
-            Family.SLICED_MMA,
+        resident_configs.multiply_spec(
             spec,
             k,
             tokens,
@@ -95,6 +94,7 @@ def multiply_kernel(
             parts=parts,
             scale_bytes=scale_bytes,
             emulate=toolchain.interpreting(),
+            gluon=gluon_refusal() is None,
         )
     )
 

@@ -156,6 +156,7 @@ def kernels_of(
         KernelDoesNotFit: no tile fits the target.
     """
     from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
+    from mobiquant_compiler.codegen.resident_configs import multiply_spec
 
     spec, k, one = launch.spec, launch.k, TokenClass.ONE
     found: list[KernelSpec] = []
@@ -171,10 +172,7 @@ def kernels_of(
     for count in counts:
         facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
         size = launch.scale_dtype.itemsize
-        own = kernel_spec(
-            Family.SLICED_MMA, spec, k, count, target, n=launch.n, scale_bytes=size, emulate=emulate, **facts
-        )
-        found.append(own)
+        found.append(multiply_spec(spec, k, count, target, n=launch.n, scale_bytes=size, emulate=emulate, **facts))
     if workspace:
         for sorted_rows in (True, False):
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))

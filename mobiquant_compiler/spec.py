@@ -164,6 +164,7 @@ class Family(StrEnum):
     GATHER_TOKENS = "gather_tokens"
     SLICED_WGMMA = "sliced_wgmma"
     BATCH_WGMMA = "batch_wgmma"
+    RESIDENT_MMA = "resident_mma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class KernelSpec:
         num_warps: NUM_WARPS, warps per program, or of a consumer where there are such.
         columns: COLUMNS of activations, at most K_PADDED (route_quantize).
         num_stages: NUM_STAGES, of the pipeline of the loop over columns; of activations, where words have their own
-            (sliced_wgmma); 2 for words a step ahead in shared memory (sliced_mma).
+            (sliced_wgmma).
         consumers: CONSUMERS, warpgroups that multiply while one warp copies (batch_wgmma, sliced_wgmma).
         row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma, batch_wgmma).
         token_rows: TOKEN_ROWS, write tokens as rows of bytes, for batch_wgmma, and not as lanes load them

@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobiquant_compiler import kernels, reference, wiring
-from mobiquant_compiler.codegen.configs import TokenClass, has_rings
+from mobiquant_compiler.codegen.configs import TokenClass
 from mobiquant_compiler.runtime import fused, prefill
-from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
+from mobiquant_compiler.spec import Activation, Family, Prefill, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
 
@@ -125,11 +125,12 @@ def blocks_of_tokens(device: str) -> list[str]:
     return wrong
 
 
-def words_ahead(device: str) -> list[str]:
-    """Run few tokens from tile to tile of rows, with words ahead in shared memory, where the device does that."""
+def resident_tokens(device: str) -> list[str]:
+    """Run few tokens that stay in shared memory, from tile to tile of rows, where the device does that."""
     wrong, target = [], kernels.target_of(torch.device(device))
-    if not has_rings(SPECS[0], 4_333, 3_000, TokenClass.FEW, target, 2):
-        print("rings: this device has none; the same calls take a program for each tile of rows")
+    chosen = kernels.multiply_kernel(SPECS[0], 4_333, 3_000, TokenClass.FEW, target, Activation.A16)
+    if chosen.spec.family is not Family.RESIDENT_MMA:
+        print("resident: not on this device; the same calls take a program for each tile of rows")
     for n, k in ((4_333, 3_000), (4_250, 8_192)):
         case = integer_case(SPECS[0], 7, n, k, bias=True, largest=1, device=device)
         for count in (None, 1, 2, 3, 4):
@@ -145,7 +146,7 @@ def words_ahead(device: str) -> list[str]:
 # Those that take longest first.
 PARTS = {
     "blocks": blocks_of_tokens,
-    "rings": words_ahead,
+    "resident": resident_tokens,
     "fused": fused_prefill,
     "routers": trained_routers,
     "workspace": workspace_prefill,

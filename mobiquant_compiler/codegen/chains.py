@@ -11,7 +11,7 @@ Names are those of `products`; tuples hold sums as `steps` has them.
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import device, products, steps
+from mobiquant_compiler.codegen import device, fragments, products, steps
 
 
 @triton.constexpr_function
@@ -25,7 +25,7 @@ def zeros_for(tid, COUNT: tl.constexpr):
     """Return COUNT sums of nothing."""
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros(tid.shape, tl.float32),)
+        sums = sums + (fragments.filled(tid, 0).to(tl.float32),)
     return sums
 
 

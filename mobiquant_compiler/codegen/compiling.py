@@ -32,7 +32,7 @@ Job = tuple[KernelSpec, int, Dtypes]  # what to compile, for which compute capab
 Event = tuple[Job | None, str]  # a job that is done, None for a child that is no more; and what went wrong
 _MOST = 32  # processes where nobody asks for a number: each takes the better part of a gigabyte
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_SLOWEST_FIRST = (Family.BATCH_WGMMA, Family.SLICED_WGMMA, Family.SLICED_MMA)
+_SLOWEST_FIRST = (Family.BATCH_WGMMA, Family.SLICED_WGMMA, Family.RESIDENT_MMA, Family.SLICED_MMA)
 
 
 def workers_for(jobs: int, asked: int | None = None) -> int:

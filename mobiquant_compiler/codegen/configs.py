@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 from mobiquant_compiler.errors import KernelDoesNotFit
 from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
 
@@ -30,6 +31,7 @@ _FEW_COLUMNS = 1024  # up to which four warps are enough for that
 _NETWORK_REGISTERS = {4: 168, 8: 128}  # by warps: three programs and two share a multiprocessor
 _ONE_PASS = 16  # hidden units that a pass over the columns sums, at most
 _FEW_ROWS = 8192  # below, programs are so few that all begin at once: their whole base slice is worth asking for early
+_ELSEWHERE = (Family.SLICED_WGMMA, Family.BATCH_WGMMA, Family.RESIDENT_MMA)  # families with choosers of their own
 _WIDE_SLICES = 4  # with more slices than these a warp has no registers for more than eight tokens
 
 
@@ -110,8 +112,6 @@ _WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 128, 1, 4)
 _WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
 _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 45.0, 31.0
 _WORD_STAGES = 2  # as sorted_tiles has them
-_RINGS_ON, _STATIC_BYTES = 90, 48 << 10  # where rings were measured; what a kernel may declare of shared memory
-_RING_ROW = 128  # bytes of a row's scales: 256 threads copy 16 each, of 16 rows and as many of zero points
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
 
@@ -119,15 +119,14 @@ def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
-    - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts. With rings those, sums
-      and scales, of as many bytes a row as there are threads for.
+    - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
+    - resident_mma: what its layout says, with scales of 32 bits where those fit.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
     - sliced_wgmma: stages of 64 columns of activations, two of 128 columns of words, the tile of outputs, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
     """
-    if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
-        groups = spec.k // spec.group
-        return 4096 + ring_bytes(len(spec.widths), groups, 4 if 4 * groups <= _RING_ROW else 2)
+    if spec.family is Family.RESIDENT_MMA:
+        return _resident_bytes(spec)
     if spec.family is Family.SLICED_MMA:
         return 2 * 4 * 4 * 32 * spec.num_warps
     if spec.family is Family.DEQUANTIZE:
@@ -138,6 +137,13 @@ def shared_bytes(spec: KernelSpec) -> int:
         words = _WORD_STAGES * 32 * spec.block_n * min(len(spec.widths), 4)  # the template refuses more slices
         return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + words + 1024
     return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
+
+
+def _resident_bytes(spec: KernelSpec) -> int:
+    slices, groups = len(spec.widths), spec.k // spec.group
+    halves = 2 if spec.activation is Activation.A16 else 1
+    layouts = (ResidentLayout(groups, size, halves) for size in (4, 2))
+    return next((layout.total_bytes(slices) for layout in layouts if layout.fits(slices)), 1 << 20)
 
 
 def _batch_bytes(spec: KernelSpec) -> int:
@@ -196,7 +202,6 @@ def kernel_spec(
     long: bool = False,
     sorted_rows: bool = True,
     token_rows: bool = False,
-    scale_bytes: int = 2,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
@@ -209,7 +214,6 @@ def kernel_spec(
     mma, first = family is Family.SLICED_MMA, family is Family.ROUTE_QUANTIZE
     hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
-    ahead = mma and not emulate and has_rings(weight, n, k, tokens, target, scale_bytes)
     tiles = (_network_tile(weight, k, hidden, long),) if hidden else _tiles(family, weight, k, tokens)
     specs = (
         KernelSpec(
@@ -229,9 +233,8 @@ def kernel_spec(
             block_w=tile.block_w,
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
-            num_stages=1 + ahead,
             overlap=overlap,
-            prefetch=0 if not overlap else _prefetched(weight, n, k, tokens) if mma else k if hidden else 0,
+            prefetch=0 if not overlap else prefetched(weight, n, k, tokens) if mma else k if hidden else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
             emulate=emulate and (mma or hidden > 0),
@@ -241,27 +244,8 @@ def kernel_spec(
     return choose(tuple(specs), target)
 
 
-def has_rings(weight: SliceSpec, n: int, k: int, tokens: TokenClass, target: Target, scale_bytes: int) -> bool:
-    """Say whether programs of sliced_mma go from tile to tile of rows, with words ahead in shared memory; pure.
-
-    Measured on an H100: it pays where there are more tiles than programs run at a time, and where the L1 cache has room
-    for the activations of eight tokens. Scales are copied by 256 threads, 16 bytes each (`codegen/rings`).
-    """
-    groups = weight.padded(k) // weight.group
-    if target.cc != _RINGS_ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != 128:
-        return False
-    copied = groups > 16 and groups * scale_bytes % 16 == 0 and groups * scale_bytes <= _RING_ROW
-    held = ring_bytes(weight.num_slices, groups, scale_bytes) <= _STATIC_BYTES
-    return n > 32 * MULTIPROCESSORS and k <= _LONG and copied and held
-
-
-def ring_bytes(slices: int, groups: int, scale_bytes: int) -> int:
-    """Return the shared memory of a program with rings (`rings.places`): rings, sums of a tile, scales of two; pure."""
-    return 8192 * slices + 4096 + 64 * (groups * scale_bytes + 16)
-
-
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
-    assert family not in (Family.SLICED_WGMMA, Family.BATCH_WGMMA), "wgmma_spec and batch_spec choose them"
+    assert family not in _ELSEWHERE, "wgmma_spec, batch_spec and resident_spec choose them"
     if family is Family.ROUTE_QUANTIZE:
         # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
         warps = 4 if k <= _LONG else 8
@@ -290,8 +274,8 @@ def _network_tile(weight: SliceSpec, k: int, hidden: int, long: bool) -> Tile:
     )
 
 
-def _prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
-    """Return how many columns of the base slice a program asks for before the kernel before has ended.
+def prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
+    """Return how many columns of the base slice a program asks for before the kernel before has ended; pure.
 
     With more programs than run at once those of a first step (eight pairs of groups), which all of a warp's loads wait
     for: more would be asked for twice. With more than 16 tokens several programs read the same rows anyway.

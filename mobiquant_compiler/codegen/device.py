@@ -314,7 +314,7 @@ def combined_codes(
                 if unit < UNITS:
                     column = column + (lane_words(unit_of(words, FIRST + unit, WHICH), t, WIDTH, COLUMNS)[word],)
                 else:
-                    column = column + (tl.zeros_like(t),)
+                    column = column + (fragments.filled(t, 0),)
             places = places + (join_units(column, WIDTH, JOINED, EMULATE),)
         for j in tl.static_range(COLUMNS // 16):
             code = places[j // (8 // WIDTH)][(j % (8 // WIDTH)) % JOINED]
@@ -323,7 +323,7 @@ def combined_codes(
             codes = codes + (code,)
     else:
         for j in tl.static_range(COLUMNS // 16):
-            code = tl.zeros_like(t)
+            code = fragments.filled(t, 0)
             for index in tl.static_range(COUNT):
                 unit = lane_words(unit_of(words, FIRST + index, WHICH), t, WIDTHS[index], COLUMNS)
                 field = unit[j // (8 // WIDTHS[index])] >> (WIDTHS[index] * (j % (8 // WIDTHS[index])))

@@ -121,6 +121,12 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def filled(tensor, VALUE: tl.constexpr):
+    """Return a tensor of one value as another of integers is: kernels in Gluon cannot fill one without its layout."""
+    return tensor * 0 + VALUE
+
+
+@triton.jit
 def select_bits(above, below, KEEP: tl.constexpr, EMULATE: tl.constexpr):
     """Return the bits of `below` where KEEP has ones, those of `above` elsewhere: one instruction."""
     if EMULATE:
@@ -129,7 +135,7 @@ def select_bits(above, below, KEEP: tl.constexpr, EMULATE: tl.constexpr):
         bits = tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, $3, 0xe4;",
             "=r,r,r,r",
-            [below, above, tl.full(below.shape, KEEP, tl.int32)],
+            [below, above, filled(below, KEEP)],
             dtype=tl.int32,
             is_pure=True,
             pack=1,

@@ -161,7 +161,7 @@ def add_products(
 @triton.jit
 def half_products(upper_codes, lower_codes, tokens, EMULATE: tl.constexpr):
     """Multiply codes by one half of the activations; even and odd steps are summed apart, so that each waits less."""
-    zero = tl.zeros_like(tokens[0])
+    zero = fragments.filled(tokens[0], 0)
     dots = add_products((zero, zero, zero, zero), upper_codes, lower_codes, tokens, 0, 2, EMULATE)
     if len(tokens) > 2:
         odd = add_products((zero, zero, zero, zero), upper_codes, lower_codes, tokens, 1, 2, EMULATE)
@@ -201,7 +201,7 @@ def products(upper_codes, lower_codes, high, low, ACTIVATION: tl.constexpr, EMUL
 @triton.jit
 def products_in_turn(upper_codes, lower_codes, high, low, ACTIVATION: tl.constexpr, EMULATE: tl.constexpr):
     """Do what `products` does in four registers, for warps that have other blocks to multiply while one waits."""
-    zero = tl.zeros_like(high[0])
+    zero = fragments.filled(high[0], 0)
     dots = (zero, zero, zero, zero)
     if ACTIVATION == "a16":
         dots = add_products(dots, upper_codes, lower_codes, high, 0, 1, EMULATE)

@@ -67,7 +67,7 @@ def shrinks_of(counts_ptr, first_block, t, tokens, SPAN: tl.constexpr, WIDTHS: t
     for place in tl.static_range(2 * SPAN):
         token = (first_block + place // 2) * 8 + 2 * t + place % 2
         own = fragments.load_words(counts_ptr + token, token < tokens, 1, EMULATE)[0]  # 0, as 1, is the base alone
-        shrink = tl.full(t.shape, 1.0, tl.float32)
+        shrink = fragments.filled(t, 1).to(tl.float32)
         for count in tl.static_range(2, len(WIDTHS) + 1):
             shrink = tl.where(own >= count, scaling.shrink_at(WIDTHS, count), shrink)
         shrinks = shrinks + (shrink,)

@@ -15,7 +15,7 @@ from mobiquant_compiler.errors import TritonMissing
 FP_FUSION = False
 _GLUON = (
     *("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
-    *("SharedLinearLayout", "warp_specialize"),
+    *("SharedLinearLayout", "SwizzledSharedLayout", "warp_specialize"),
 )
 _HOPPER = ("fence_async_shared", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
 

@@ -203,10 +203,12 @@ def _scratch(spec: KernelSpec, blocks: int, device: torch.device) -> tuple[Tenso
 def multiply(
     kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight], *, at_once: int | None = None
 ) -> list[Tensor]:
-    """Launch sliced_mma or batch_wgmma: multiply prepared tokens by every weight, each by the slices its count says.
+    """Launch sliced_mma, resident_mma or batch_wgmma: multiply prepared tokens by every weight.
+
+    Each token is multiplied by the slices that its count says.
 
     Args:
-        kernel: sliced_mma for tokens as lanes load them, batch_wgmma for rows.
+        kernel: sliced_mma or resident_mma for tokens as lanes load them, batch_wgmma for rows.
         prepared: What `prepare` gave for as many columns.
         weights: Of batch_wgmma, with rows that are a multiple of its ``row_unit``.
         at_once: Programs that a device runs at a time, where they go from one tile of rows to the next; by default as
@@ -229,9 +231,10 @@ def multiply(
     own = _rows_arguments(prepared) if spec.family is Family.BATCH_WGMMA else _lanes_arguments(prepared)
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own |= _weight_arguments(spec, str(number or ""), weight, y)
-    if spec.family is Family.SLICED_MMA and spec.num_stages > 1:
+    if spec.family is Family.RESIDENT_MMA:
         assert tokens <= spec.block_m, "programs that go from tile to tile have one block of tokens"
-        blocks = min(blocks, at_once or programs_at_once(spec, device))
+        # As few as are done no later: with the same number of tiles each, none runs alone at the end.
+        blocks = ceil_div(blocks, ceil_div(blocks, at_once or programs_at_once(spec, device)))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)
     return ys

@@ -230,7 +230,7 @@ class TestProject:
 class TestVariants:
     def test_names_of_parts(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert variants.main(["fuse"]) == 2
-        assert "no part is named fuse; there are blocks, rings, fused," in capsys.readouterr().out
+        assert "no part is named fuse; there are blocks, resident, fused," in capsys.readouterr().out
 
     def test_no_gpu_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(variants.torch.cuda, "is_available", lambda: False)

@@ -7,12 +7,15 @@ import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mobiquant_compiler.codegen import cache as kernels
-from mobiquant_compiler.codegen import rings
+from mobiquant_compiler.codegen import toolchain
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, shared_bytes
+from mobiquant_compiler.codegen.resident_configs import multiply_spec
+from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 from mobiquant_compiler.codegen.resources import measure
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 from tests.kernel_cases import spec_id
@@ -82,6 +85,15 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
         assert loaded <= 0.02 * len(body), f"{loaded} loads of {len(body)} instructions"
 
 
+def resident(k: int, **options: Any) -> KernelSpec:
+    """Return the kernel of few tokens and many rows, or skip."""
+    if reason := toolchain.gluon_refusal():
+        pytest.skip(reason)
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336, **options)
+    assert spec.family is Family.RESIDENT_MMA
+    return spec
+
+
 @pytest.mark.parametrize(
     ("k", "options"),
     [
@@ -92,28 +104,37 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
     ids=str,
 )
 def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump: str) -> None:
-    """Lanes read their share of words from shared memory; what is declared of it is what is laid out."""
-    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336, **options)
-    assert spec.num_stages == 2
+    """Lanes read their share of words and activations from shared memory, and wait for nothing that they load."""
+    spec = resident(k, **options)
     bodies = [loop for loop in loops(disassembled(spec, 90, cuobjdump, "-sass")) if any("IMMA" in i for i in loop)]
     assert len(bodies) >= 7, "a body for every count, and one more where tokens differ"
     for body in bodies:
-        assert any("LDGSTS" in i for i in body), "words of the next step are asked for"
-        assert not any("SHFL" in i for i in body)
+        assert any("LDS.128" in i for i in body), "activations are there"
+        assert not any("SHFL" in i or "LDG." in i for i in body)
         assert sum(spills(body)) <= 0.02 * len(body), f"{spills(body)} of {len(body)} instructions"
-    assert kernels.compile_for(spec, 90).asm["ptx"].count("mobiquant_ring[") == 1, "memory is reserved once"
     usage = disassembled(spec, 90, cuobjdump, "-res-usage")
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
-    own = measure(spec, 90).shared_bytes
-    assert own == rings.places(4, spec.k // 128, 2)[2], "what is declared counts, and Triton takes none beside it"
-    assert int(re.search(r"SHARED:(\d+)", usage)[1]) - 1024 <= own <= shared_bytes(spec), "1 KB is the driver's"
+
+
+@pytest.mark.parametrize(("k", "activation"), [(3000, "a16"), (4096, "a8"), (8192, "a16")])
+def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
+    """Addresses are counted from the symbol of all shared memory: nothing else may be there, and all must be."""
+    spec = resident(k, activation=Activation(activation))
+    wanted = ResidentLayout(spec.k // 128, 2, 2 if activation == "a16" else 1).total_bytes(4)
+    compiled = kernels.compile_for(spec, 90)
+    assert compiled.metadata.shared == wanted, "Triton takes none beside it"
+    ptx = compiled.asm["ptx"]
+    assert ptx.count(".shared .align") == 1, "one symbol"
+    assert re.search(r"\.extern \.shared \.align \d+ \.b8 global_smem\[\];", ptx)
+    assert f"+{wanted - 128}], " in ptx, "the mark is written behind all else: the allocation begins at the symbol"
+    assert measure(spec, 90).shared_bytes == wanted <= shared_bytes(spec)
 
 
 @pytest.mark.parametrize("k", [4096, 14336])
 def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str) -> None:
     """A warp of eight unlike tokens waits for both at once: loads stand before the first exchange of words."""
-    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
-    assert spec.num_stages == 1, "without rings"
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
+    assert spec.family is Family.SLICED_MMA
     found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
     bodies = [body for body in found if any("SHFL" in i for i in body)]
     for slices in (2, 3, 4):
@@ -125,17 +146,13 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
         assert slices > 2 or not any("LDG" in i for i in body[len(before) :]), "nothing is left to wait for"
 
 
-@pytest.mark.parametrize("k", [4096, 8192])
-def test_words_ahead_have_activations_ahead(k: int, cuobjdump: str) -> None:
-    """Of two unlike slices a step begins with products of what was loaded before it began."""
-    spec = kernel_spec(Family.SLICED_MMA, SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336)
-    bodies = loops(disassembled(spec, 90, cuobjdump, "-sass"))
-    (body,) = (body for body in bodies if sum("IMMA" in i for i in body) == 32)
-    first = next(place for place, text in enumerate(body) if "IMMA" in text)
-    operand = int(re.search(r"R(\d+)\S*\.COL", body[first])[1])
-    loaded = [int(re.search(r"LDG\S+ R(\d+)", text)[1]) for text in body[:first] if WIDE_LOAD.search(text)]
-    assert loaded, "the second group's are being asked for"
-    assert not any(number <= operand < number + 4 for number in loaded), "the first group's came with the step before"
+def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:
+    """A group at a time where a tile has more than two steps, else both groups of a step one after the other."""
+    for k, groups in ((4096, 2), (8192, 1)):
+        bodies = loops(disassembled(resident(k), 90, cuobjdump, "-sass"))
+        products = {sum("IMMA" in i for i in body) for body in bodies}
+        assert {8 * groups * slices for slices in (1, 2, 3, 4)} <= products
+        assert not any(16 * groups * 4 <= count for count in products)
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])

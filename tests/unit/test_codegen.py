@@ -27,7 +27,8 @@ from tests.chosen_specs import spec_of
 H100 = Target.of(90)
 MMA, FIRST, DEQUANTIZE = Family.SLICED_MMA, Family.ROUTE_QUANTIZE, Family.DEQUANTIZE
 GATHER, WGMMA, BATCH = Family.GATHER_TOKENS, Family.SLICED_WGMMA, Family.BATCH_WGMMA
-IN_TABLE = [family for family in Family if family not in (WGMMA, BATCH)]  # which have choosers of their own
+RESIDENT = Family.RESIDENT_MMA
+IN_TABLE = [family for family in Family if family not in (WGMMA, BATCH, RESIDENT)]  # which have choosers of their own
 
 
 def parameters(source: str, function: str) -> list[str]:

@@ -181,8 +181,8 @@ class TestModel:
         mq.quantize_(model, calibration=torch.arange(64).view(2, 32))
         checkpoint.save(model, tmp_path / "c", tokenizer=byte_tokenizer())
         assert run(tmp_path / "c", tmp_path / "out")[0] == 0
-        of_half_precision = {Family.GATHER_TOKENS, Family.SLICED_WGMMA}
-        assert {spec.family for spec, *_ in uncompiled} == set(Family) - of_half_precision
+        of_others = {Family.GATHER_TOKENS, Family.SLICED_WGMMA, Family.RESIDENT_MMA}  # half precision, or many rows
+        assert {spec.family for spec, *_ in uncompiled} == set(Family) - of_others
         products = [spec for spec, *_ in uncompiled if spec.family is Family.SLICED_MMA]
         assert {spec.parts for spec in products} == {1, 2, 3}
         assert {spec.block_m for spec in products} == {1, 8, 16, 32}

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, parts, rings, tiles
+from mobiquant_compiler.codegen import device, parts, tiles
 
 
 @triton.jit
@@ -37,7 +37,6 @@ def of_each(p0, p1, p2, p3, PARTS: tl.constexpr):
 @triton.jit
 def multiply_by_count(
     acts,
-    weights,
     weight,
     tile,
     WIDTHS: tl.constexpr,
@@ -50,30 +49,19 @@ def multiply_by_count(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Take the body for the largest count of the program's tokens.
 
-    weights are what `rings` calls so; weight is (slices, scale, zero, bias) of the program's own, and tile (pointer to
-    counts, output, first row, thread numbers, tokens, rows in all).
+    weight is (slices, scale, zero, bias), and tile (pointer to counts, output, first row, thread numbers, tokens, rows
+    in all).
     """
-    tl.static_assert(NUM_STAGES == 1 or NUM_STAGES == 2, "words come with their products, or a step ahead in rings")
-    tl.static_assert(
-        NUM_STAGES == 1 or (WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4), "rings hold up to four slices of two bits"
-    )
-    tl.static_assert(NUM_STAGES == 1 or (LAYOUT == "slice_major" and GROUP == 128), "rings hold groups of 128 columns")
-    tl.static_assert(NUM_STAGES == 1 or (BLOCK_M == 8 and BLOCK_N == 16), "rings are for eight tokens and 16 rows")
-    tl.static_assert(NUM_STAGES == 1 or (K_PADDED > 16 * GROUP and not EMULATE), "a tile with rings has two steps")
     # One token needs no share of words between lanes where a quad multiplies two groups at once.
     ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
-    if NUM_STAGES > 1:
-        SIZE: tl.constexpr = weight[1].dtype.element_ty.primitive_bitwidth // 8
-        ring = rings.reserve(NUM_SLICES, K_PADDED // GROUP, SIZE)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
         # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
         for alike in tl.static_range(1 if BODIES and (BLOCK_M == 1 or count == 1) else 0, 2 if BODIES else 1):
@@ -81,41 +69,25 @@ def multiply_by_count(
             if BODIES and BLOCK_M > 1 and count > 1:
                 taken = taken & ((least == most) == (alike == 1))
             if taken:
-                if NUM_STAGES > 1:
-                    rings.multiply_tiles(
-                        acts,
-                        weights,
-                        (counts_ptr, tid, most, tokens),
-                        ring,
-                        count,
-                        alike == 1,
-                        WIDTHS,
-                        GROUP,
-                        LAYOUT,
-                        K_PADDED,
-                        ACTIVATION,
-                        HAS_BIAS,
-                    )
-                else:
-                    tiles.multiply_program(
-                        acts,
-                        weight,
-                        (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
-                        (BLOCK_M + 7) // 8,
-                        BLOCK_N // (16 * ROW_TILES),
-                        ROW_TILES,
-                        count,
-                        BODIES,
-                        ONE,
-                        alike == 1,
-                        WIDTHS,
-                        GROUP,
-                        LAYOUT,
-                        K_PADDED,
-                        ACTIVATION,
-                        HAS_BIAS,
-                        EMULATE,
-                    )
+                tiles.multiply_program(
+                    acts,
+                    weight,
+                    (counts_ptr, y_ptr, program_row, tid, most, tokens, n_rows),
+                    (BLOCK_M + 7) // 8,
+                    BLOCK_N // (16 * ROW_TILES),
+                    ROW_TILES,
+                    count,
+                    BODIES,
+                    ONE,
+                    alike == 1,
+                    WIDTHS,
+                    GROUP,
+                    LAYOUT,
+                    K_PADDED,
+                    ACTIVATION,
+                    HAS_BIAS,
+                    EMULATE,
+                )
 
 
 # Arguments of which no value changes an instruction here are left out of what Triton makes variants of.
@@ -165,7 +137,6 @@ def sliced_mma(
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -173,13 +144,11 @@ def sliced_mma(
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
     A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
-    one or two tiles of 16 rows, all tokens, and its share of the eight chains. With NUM_STAGES 2 a program goes from
-    one block of rows to the next, with words ahead in shared memory (`rings`).
+    one or two tiles of 16 rows, all tokens, and its share of the eight chains.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
-        written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together;
-        or (1, any number of programs) with NUM_STAGES 2.
+        written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together.
     Numerics: dot products of a group are exact int32; groups are summed in float32 in an order that depends on the
         number of columns only (`codegen/chains.py`): a token's result is the same bits alone and in any batch.
     Source: design section 7, integer slices; codes of several slices are one integer, design section 3.
@@ -223,7 +192,6 @@ def sliced_mma(
         gdc_wait()
     multiply_by_count(
         acts=(high_ptr, low_ptr, affine_ptr),
-        weights=(slices_ptrs, scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows),
         weight=weight,
         tile=(counts_ptr, parts.of_part(part, y_ptrs), program_row, tid, tokens, rows_here),
         WIDTHS=WIDTHS,
@@ -236,6 +204,5 @@ def sliced_mma(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         ROW_TILES=ROW_TILES,
-        NUM_STAGES=NUM_STAGES,
         EMULATE=EMULATE,
     )

@@ -1,4 +1,4 @@
-"""Few tokens from tile to tile of rows, with words ahead in shared memory: the bits of a kernel that does neither."""
+"""Few tokens that stay in shared memory, from tile to tile of rows: the bits of a program for each tile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mobiquant_compiler import wiring
 from mobiquant_compiler.codegen import cache
-from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
-from mobiquant_compiler.kernels import prepare_kernel, target_of
+from mobiquant_compiler.codegen.configs import TokenClass
+from mobiquant_compiler.codegen.resident_configs import multiply_spec
+from mobiquant_compiler.kernels import gluon_refusal, prepare_kernel, target_of
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
@@ -24,19 +25,19 @@ pytestmark = [
 ]
 WHERE, SPEC = "cuda", SliceSpec((2, 2, 2, 2), 128)
 FULL_CHAINS, UNEVEN_CHAINS = 4096, 3000  # the last step of 24 groups is one of four chains
-ENOUGH_ROWS = 8192  # that rings are chosen; tests have fewer
+ENOUGH_ROWS = 8192  # that resident_mma is chosen; tests have fewer
 
 
 def chosen(spec: SliceSpec, k: int, rows: int, **options: object) -> KernelSpec:
     """Return the kernel for eight tokens and so many rows."""
-    return kernel_spec(Family.SLICED_MMA, spec, k, TokenClass.of(8), target_of(torch.device(WHERE)), n=rows, **options)
+    return multiply_spec(spec, k, TokenClass.of(8), target_of(torch.device(WHERE)), n=rows, **options)
 
 
 @pytest.fixture(autouse=True)
-def rings_are_chosen() -> None:
-    """Skip where no kernel has rings."""
-    if chosen(SPEC, FULL_CHAINS, ENOUGH_ROWS).num_stages == 1:
-        pytest.skip("rings are for sm_90")
+def resident_is_there() -> None:
+    """Skip where no kernel keeps activations in shared memory."""
+    if chosen(SPEC, FULL_CHAINS, ENOUGH_ROWS).family is not Family.RESIDENT_MMA or gluon_refusal() is not None:
+        pytest.skip(f"no resident_mma here: {gluon_refusal() or 'not sm_90'}")
 
 
 def quantized(case: Case, activation: Activation = Activation.A16) -> Prepared:
@@ -47,14 +48,14 @@ def quantized(case: Case, activation: Activation = Activation.A16) -> Prepared:
 
 
 def compare(spec: SliceSpec, k: int, prepared: Prepared, weights: Sequence[Weight], **options: object) -> list[Tensor]:
-    """Multiply by kernels with rings, of few programs and of as many as there are, and without; return the results."""
+    """Multiply by resident_mma, of few programs and of as many as there are, and by sliced_mma; return the results."""
     facts = {"scale_bytes": weights[0].scale.element_size(), "parts": len(weights)} | options
     facts["has_bias"] = weights[0].bias is not None
-    with_rings, without = chosen(spec, k, ENOUGH_ROWS, **facts), chosen(spec, k, 0, **facts)
-    assert (with_rings.num_stages, without.num_stages) == (2, 1)
-    wanted = launch.multiply(cache.load(without), prepared, weights)
-    for at_once in (1, 3, None):
-        found = launch.multiply(cache.load(with_rings), prepared, weights, at_once=at_once)
+    resident, sliced = chosen(spec, k, ENOUGH_ROWS, **facts), chosen(spec, k, 0, **facts)
+    assert (resident.family, sliced.family) == (Family.RESIDENT_MMA, Family.SLICED_MMA)
+    wanted = launch.multiply(cache.load(sliced), prepared, weights)
+    for at_once in (1, 2, 3, None):
+        found = launch.multiply(cache.load(resident), prepared, weights, at_once=at_once)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), f"{at_once} programs"
     return wanted
 
@@ -77,7 +78,7 @@ def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
 
 
 @pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2)], ids=str)
-def test_fewer_slices_have_smaller_rings(widths: tuple[int, ...]) -> None:
+def test_fewer_slices(widths: tuple[int, ...]) -> None:
     spec = SliceSpec(widths, 128)
     for k in (8192, FULL_CHAINS):
         case = random_case(spec, 7, 333, k, device=WHERE)
@@ -86,7 +87,11 @@ def test_fewer_slices_have_smaller_rings(widths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
-    for k in (FULL_CHAINS, UNEVEN_CHAINS):
+    for k in (
+        FULL_CHAINS,
+        UNEVEN_CHAINS,
+        7168,
+    ):  # scales of 32 bits of 7168: more copies than threads
         case = random_case(SPEC, 6, 200, k, dtype=torch.float16, scale_dtype=dtype, device=WHERE)
         compare(SPEC, k, quantized(case), [weight_of(case)])
 

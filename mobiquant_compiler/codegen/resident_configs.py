@@ -1,0 +1,118 @@
+"""Which calls keep their activations in shared memory, and the kernel that does; arithmetic only, no device."""
+
+from __future__ import annotations
+
+from mobiquant_compiler.codegen.configs import Target, TokenClass, choose, kernel_spec, prefetched
+from mobiquant_compiler.codegen.resident_layout import ResidentLayout
+from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
+
+_ON = 90  # compute capability where it was measured; others may have less shared memory
+_GROUP = 128
+_MOST_COLUMNS = 8192  # that were measured
+_WARPS, _REGISTERS = 16, 128  # all registers of a multiprocessor
+_ROWS = 16  # of a tile
+
+
+def serves(
+    weight: SliceSpec,
+    n: int,
+    k: int,
+    tokens: TokenClass,
+    target: Target,
+    *,
+    activation: Activation = Activation.A16,
+    scale_bytes: int = 2,
+) -> bool:
+    """Say whether resident_mma is there for a call, and faster than a program for each tile of rows; pure.
+
+    Measured on an H100: it is where there are more tiles than such programs run at a time. Shared memory must hold the
+    activations of eight tokens; scales are copied 16 bytes at a time, and those of a tile while it has two steps.
+    """
+    if target.cc != _ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != _GROUP:
+        return False
+    if scale_bytes not in (2, 4):
+        return False
+    groups = weight.padded(k) // _GROUP
+    layout = ResidentLayout(groups, scale_bytes, 2 if activation is Activation.A16 else 1)
+    copied = layout.steps > 1 and groups % 2 == 0 and groups * scale_bytes % 16 == 0
+    rows = n > 2 * _ROWS * MULTIPROCESSORS
+    return copied and rows and k <= _MOST_COLUMNS and layout.fits(weight.num_slices)
+
+
+def resident_spec(
+    weight: SliceSpec,
+    k: int,
+    target: Target,
+    *,
+    n: int,
+    activation: Activation = Activation.A16,
+    has_bias: bool = False,
+    parts: int = 1,
+) -> KernelSpec:
+    """Return the kernel that keeps activations in shared memory.
+
+    Args:
+        weight: Widths, group and layout.
+        k: Input columns.
+        target: What it must fit.
+        n: Output rows of all weights of the launch.
+        activation: Fixed-point width of activations.
+        has_bias: Whether a bias is added.
+        parts: Weights of the launch.
+
+    Raises:
+        KernelDoesNotFit: the target has less shared memory.
+    """
+    spec = KernelSpec(
+        Family.RESIDENT_MMA,
+        *(weight.widths, weight.group, weight.layout, weight.padded(k)),
+        activation=activation,
+        has_bias=has_bias,
+        parts=parts,
+        block_m=TokenClass.SOME.sample - 1,
+        block_n=_ROWS,
+        num_warps=_WARPS,
+        overlap=True,
+        prefetch=prefetched(weight, n, k, TokenClass.FEW),
+        max_registers=_REGISTERS,
+    )
+    return choose((spec,), target)
+
+
+def multiply_spec(
+    weight: SliceSpec,
+    k: int,
+    tokens: TokenClass,
+    target: Target,
+    *,
+    n: int,
+    activation: Activation = Activation.A16,
+    has_bias: bool = False,
+    parts: int = 1,
+    scale_bytes: int = 2,
+    emulate: bool = False,
+    gluon: bool = True,
+) -> KernelSpec:
+    """Choose the kernel for tokens as lanes load them: resident_mma where it serves, else sliced_mma; pure.
+
+    Args:
+        weight: Widths, group and layout.
+        k: Input columns.
+        tokens: Class of token counts.
+        target: What it must fit.
+        n: Output rows of all weights of the launch.
+        activation: Fixed-point width of activations.
+        has_bias: Whether a bias is added.
+        parts: Weights of the launch.
+        scale_bytes: Of a scale.
+        emulate: For the interpreter, which runs no Gluon.
+        gluon: Whether kernels in Gluon can be compiled.
+
+    Raises:
+        KernelDoesNotFit: no tile fits the target.
+    """
+    facts = {"n": n, "activation": activation, "has_bias": has_bias, "parts": parts}
+    resident = serves(weight, n, k, tokens, target, activation=activation, scale_bytes=scale_bytes)
+    if resident and gluon and not emulate:
+        return resident_spec(weight, k, target, **facts)
+    return kernel_spec(Family.SLICED_MMA, weight, k, tokens, target, emulate=emulate, **facts)

@@ -1,0 +1,85 @@
+"""What lies where in the shared memory of resident_mma; plain numbers, for the kernel and for those that choose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEAMS = 2
+MOST_BYTES = 227 << 10  # of a program, on sm_90
+SUMS = 8 * 128 * 4  # bytes of the sums that eight warps exchange of a tile: 16 rows by eight tokens each
+MARK = 128  # bytes behind it all, the only ones that Triton sees written: they have it reserve the rest
+_CHOICES = ((2, 2), (2, 1), (1, 2), (1, 1))  # steps in a ring and tiles' sums, best first
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentLayout:
+    """Shared memory of a program.
+
+    Activations of eight tokens stand first: high halves by group, low ones, steps and shifts. Each of two teams of
+    eight warps follows: rings of words, a slot a step of every warp, sums of chains, and scales and zero points of two
+    tiles.
+
+    Attributes:
+        groups: Groups of 128 columns.
+        size: Bytes of a scale.
+        halves: Bytes of an activation.
+    """
+
+    groups: int
+    size: int
+    halves: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps a tile has: a pair of groups for each of eight chains."""
+        return (self.groups + 15) // 16
+
+    @property
+    def acts_bytes(self) -> int:
+        """How many bytes eight tokens take: 128 of a group in each half, and a step and a shift."""
+        return self.groups * (1024 * self.halves + 64)
+
+    @property
+    def facts_bytes(self) -> int:
+        """How many bytes a row's scales take: 16 more than there are, against bank conflicts."""
+        return self.groups * self.size + 16
+
+    def _team_bytes(self, count: int, depth: int, sides: int) -> int:
+        return 8 * 1024 * count * depth + SUMS * sides + 2 * 32 * self.facts_bytes
+
+    def choice(self, count: int) -> tuple[int, int]:
+        """Return how many steps a ring holds where `count` slices are used, and for how many tiles' sums there is room.
+
+        Measured on an H100: a second step pays with up to two slices and more than two steps a tile. With more than 64
+        KB under way copies stand in line, and so does what reads shared memory behind them.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        deep = count <= 2 and self.steps > 2
+        left = MOST_BYTES - MARK - self.acts_bytes
+        for depth, sides in _CHOICES:
+            if (depth == 1 or deep) and TEAMS * self._team_bytes(count, depth, sides) <= left:
+                return depth, sides
+        raise ValueError(f"{count} slices of {self.groups} groups do not fit {MOST_BYTES} bytes")
+
+    def places(self, count: int) -> tuple[int, int, int]:
+        """Return where in a team's memory sums and scales begin, behind the rings, and where they end."""
+        depth, sides = self.choice(count)
+        rings = 8 * 1024 * count * depth
+        return rings, rings + SUMS * sides, self._team_bytes(count, depth, sides)
+
+    def total_bytes(self, slices: int) -> int:
+        """Return what a program takes: the most of any count, and the mark.
+
+        Raises:
+            ValueError: that is more than there is.
+        """
+        return self.acts_bytes + TEAMS * max(self.places(count)[2] for count in range(1, slices + 1)) + MARK
+
+    def fits(self, slices: int) -> bool:
+        """Say whether every count has room."""
+        try:
+            return self.total_bytes(slices) <= MOST_BYTES
+        except ValueError:
+            return False

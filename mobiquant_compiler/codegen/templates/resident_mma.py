@@ -1,0 +1,139 @@
+"""Two to eight tokens, held in shared memory, times sliced weights: programs go from tile to tile of rows (sm_90)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mobiquant_compiler.codegen import device, parts, resident_tiles, shared_memory
+
+
+@gluon.jit
+def counts_between(counts_ptr, tokens, NUM_SLICES: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Return the largest and the least count of up to eight tokens; every warp finds them itself."""
+    offs = gl.arange(0, 8, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    counts = gl.minimum(gl.maximum(gl.load(counts_ptr + offs, mask=offs < tokens, other=1), 1), NUM_SLICES)
+    return gl.max(counts, axis=0), gl.min(gl.where(offs < tokens, counts, NUM_SLICES), axis=0)
+
+
+@gluon.jit
+def of_each(p0, p1, p2, p3, PARTS: gl.constexpr):
+    """Return the arguments of the launch's weights as a tuple."""
+    found = (p0,)
+    if PARTS > 1:
+        found = found + (p1,)
+    if PARTS > 2:
+        found = found + (p2,)
+    if PARTS > 3:
+        found = found + (p3,)
+    return found
+
+
+@gluon.jit(
+    do_not_specialize=("counts_ptr", "bias_ptr", "bias1_ptr", "bias2_ptr", "bias3_ptr", "tokens")
+    + ("n_rows", "n1_rows", "n2_rows", "n3_rows")
+)
+def resident_mma(
+    high_ptr,
+    low_ptr,
+    affine_ptr,
+    counts_ptr,
+    slices_ptr,
+    slices1_ptr,
+    slices2_ptr,
+    slices3_ptr,
+    scale_ptr,
+    scale1_ptr,
+    scale2_ptr,
+    scale3_ptr,
+    zero_ptr,
+    zero1_ptr,
+    zero2_ptr,
+    zero3_ptr,
+    bias_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    y_ptr,
+    y1_ptr,
+    y2_ptr,
+    y3_ptr,
+    tokens,
+    n_rows,
+    n1_rows,
+    n2_rows,
+    n3_rows,
+    WIDTHS: gl.constexpr,
+    NUM_SLICES: gl.constexpr,
+    GROUP: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    K_PADDED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PARTS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PREFETCH: gl.constexpr,
+):
+    """Multiply up to eight tokens by one to four weights, of as many slices as each token's count says.
+
+    A program goes from tile to tile of 16 rows with two teams of eight warps, which share the activations; it reads
+    slices up to the largest count. Counts are read on the device.
+
+    Shapes: as `sliced_mma`; Grid: (1, any number of programs).
+    Numerics: the bits of `sliced_mma`.
+    """
+    gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
+    gl.static_assert(LAYOUT == "slice_major" and GROUP == 128, "groups of 128 columns, slices packed whole")
+    gl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
+    gl.static_assert(PARTS >= 1 and PARTS <= 4, "one launch serves 1 to 4 weights")
+    gl.static_assert(BLOCK_M == 8 and BLOCK_N == 16, "a tile has eight tokens and 16 rows")
+    gl.static_assert(NUM_WARPS == 16, "each of eight warps of two teams has a chain")
+    gl.static_assert(K_PADDED > 16 * GROUP, "a tile has two steps: scales of the next come before its last")
+    gl.static_assert(K_PADDED % (2 * GROUP) == 0, "groups come in pairs")
+    rows = of_each(p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
+    slices_ptrs = of_each(p0=slices_ptr, p1=slices1_ptr, p2=slices2_ptr, p3=slices3_ptr, PARTS=PARTS)
+    scale_ptrs = of_each(p0=scale_ptr, p1=scale1_ptr, p2=scale2_ptr, p3=scale3_ptr, PARTS=PARTS)
+    zero_ptrs = of_each(p0=zero_ptr, p1=zero1_ptr, p2=zero2_ptr, p3=zero3_ptr, PARTS=PARTS)
+    y_ptrs = of_each(p0=y_ptr, p1=y1_ptr, p2=y2_ptr, p3=y3_ptr, PARTS=PARTS)
+    bias_ptrs = y_ptrs
+    if HAS_BIAS:
+        bias_ptrs = of_each(p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
+    tid = gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
+    gdc_launch_dependents()
+    if PREFETCH > 0:
+        part, own = parts.which_part(2 * gl.program_id(1), rows, BLOCK_N)
+        first, rows_here = parts.of_part(part, slices_ptrs), parts.of_part(part, rows)
+        device.prefetch_base(
+            first, own * BLOCK_N, tid, rows_here, WIDTHS, LAYOUT, K_PADDED, 2 * BLOCK_N, PREFETCH, False
+        )
+    gdc_wait()
+    SIZE: gl.constexpr = scale_ptr.dtype.element_ty.primitive_bitwidth // 8
+    HALVES: gl.constexpr = 2 if ACTIVATION == "a16" else 1
+    BYTES: gl.constexpr = resident_tiles.total_bytes(NUM_SLICES, K_PADDED // GROUP, SIZE, HALVES)
+    memory = gl.allocate_shared_memory(gl.int32, [BYTES // 128, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # Triton sees this being written, and reserves it all until it is let go.
+    mark = gl.arange(0, 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    memory.index(BYTES // 128 - 1).store(mark)
+    base = shared_memory.reserved()
+    most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, NUM_SLICES=NUM_SLICES, NUM_WARPS=NUM_WARPS)
+    for count in gl.static_range(1, NUM_SLICES + 1):
+        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
+        for alike in gl.static_range(1 if count == 1 else 0, 2):
+            if (most == count) & ((count == 1) | ((least == most) == (alike == 1))):
+                resident_tiles.multiply_tiles(
+                    (high_ptr, low_ptr, affine_ptr),
+                    (slices_ptrs, scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows),
+                    (counts_ptr, tid, most, tokens),
+                    base,
+                    count,
+                    alike == 1,
+                    WIDTHS,
+                    GROUP,
+                    LAYOUT,
+                    K_PADDED,
+                    ACTIVATION,
+                    HAS_BIAS,
+                )
+    memory._keep_alive()

@@ -1,0 +1,179 @@
+"""Which calls keep activations in shared memory, what memory that takes, and how many programs there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mobiquant_compiler import kernels
+from mobiquant_compiler.codegen import configs
+from mobiquant_compiler.codegen.configs import Target, TokenClass
+from mobiquant_compiler.codegen.resident_configs import multiply_spec
+from mobiquant_compiler.codegen.resident_layout import MARK, MOST_BYTES, SUMS, TEAMS, ResidentLayout
+from mobiquant_compiler.codegen.specialise import specialise
+from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
+from mobiquant_compiler.launches import Launch, kernels_of
+from mobiquant_compiler.runtime import launch
+from mobiquant_compiler.runtime.launch import Prepared, Weight
+from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
+from tests.unit.test_launch import Notes
+
+H100, SPEC = Target.of(90), SliceSpec((2, 2, 2, 2), 128)
+ROWS, COLUMNS = 14336, 4096
+RESIDENT = Family.RESIDENT_MMA
+
+
+def chosen(spec: SliceSpec = SPEC, k: int = COLUMNS, target: Target = H100, tokens: int = 8, **options) -> KernelSpec:
+    """Return the kernel of the table, for rows enough."""
+    return multiply_spec(spec, k, TokenClass.of(tokens), target, **{"n": ROWS} | options)
+
+
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_few_tokens_of_many_rows(tokens: int) -> None:
+    for k in (3000, COLUMNS, 8192):
+        for widths in ((2,), (2, 2), (2, 2, 2, 2)):
+            spec = chosen(SliceSpec(widths, 128), k, tokens=tokens, parts=3, has_bias=True)
+            assert spec.family is RESIDENT
+            assert (spec.parts, spec.has_bias, spec.block_m, spec.k % 128) == (3, True, 8, 0)
+            assert configs.fits(spec, H100)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 1},
+        {"tokens": 9},
+        {"n": 32 * 132},
+        {"n": 0},
+        {"k": 2048},
+        {"k": 8320},
+        {"k": 8320, "activation": Activation.A8},
+        {"k": 17 * 128},
+        {"k": 8192, "scale_bytes": 4},
+        {"spec": SliceSpec((2, 2, 2, 2), 64)},
+        {"spec": SliceSpec((2, 2), 128, Layout.BIT_MAJOR)},
+        {"spec": SliceSpec((4, 4), 128)},
+        {"target": Target.of(80)},
+        {"target": Target.of(100)},
+        {"emulate": True},
+        {"gluon": False},
+    ],
+    ids=str,
+)
+def test_others_have_a_program_for_each_tile(options: dict) -> None:
+    """One step a tile, scales that are not whole copies, no room, what was not measured, and no Gluon."""
+    spec = chosen(**options)
+    assert spec.family is Family.SLICED_MMA
+    assert spec.emulate == options.get("emulate", False)
+
+
+@pytest.mark.parametrize(
+    ("size", "activation", "columns"),
+    [
+        (2, "a16", {*range(3072, 8193, 1024)}),
+        (4, "a16", {*range(2560, 7169, 512)}),
+        (4, "a8", {*range(2560, 8193, 512)}),
+        (8, "a16", set()),
+    ],
+)
+def test_columns_whose_scales_are_whole_copies(size: int, activation: str, columns: set[int]) -> None:
+    facts = {"scale_bytes": size, "activation": Activation(activation)}
+    assert {k for k in range(128, 9000, 128) if chosen(k=k, **facts).family is RESIDENT} == columns
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"group": 64},
+        {"layout": Layout.BIT_MAJOR},
+        {"widths": (4, 4)},
+        {"k": 2048},
+        {"k": 4096 + 128},
+        {"block_m": 16},
+        {"block_m": 1},
+        {"block_n": 32},
+        {"num_warps": 8},
+    ],
+    ids=str,
+)
+def test_what_it_would_compute_wrongly_is_refused(change: dict) -> None:
+    with pytest.raises(BadKernelSpec, match="resident_mma"):
+        specialise(replace(chosen(), **change))
+
+
+def test_more_shared_memory_than_there_is() -> None:
+    with pytest.raises(KernelDoesNotFit, match="resident_mma"):
+        configs.choose((replace(chosen(), k=16384),), H100)
+
+
+def test_more_than_a_block_of_tokens_is_no_launch() -> None:
+    prepared = Prepared(torch.ones(9, dtype=torch.int32), *[torch.empty(0)] * 3, (9,), COLUMNS, torch.float32)
+    with pytest.raises(AssertionError, match="one block of tokens"):
+        launch.multiply(Notes(chosen()), replace(prepared, high=torch.empty(0, dtype=torch.int8)), [])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4)])
+def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, halves: int) -> None:
+    layout = ResidentLayout(groups, size, halves)
+    for slices in (1, 2, 3, 4):
+        (depth, sides), (sums, facts, end) = layout.choice(slices), layout.places(slices)
+        assert sums == 8 * depth * slices * 1024
+        assert facts == sums + sides * SUMS
+        assert end == facts + 2 * 32 * (groups * size + 16)
+        assert sums % 16 == facts % 16 == layout.facts_bytes % 16 == layout.acts_bytes % 128 == end % 128 == 0
+        total = layout.total_bytes(slices)
+        assert layout.acts_bytes + TEAMS * end + MARK <= total <= MOST_BYTES
+        assert layout.fits(slices)
+
+
+def test_a_ring_has_two_steps_where_that_was_faster() -> None:
+    assert [ResidentLayout(64, 2, 2).choice(count) for count in (1, 2, 3, 4)] == [(2, 2), (2, 1), (1, 2), (1, 1)]
+    assert [ResidentLayout(32, 2, 2).choice(count)[0] for count in (1, 2, 3, 4)] == [1] * 4
+
+
+def test_what_does_not_fit() -> None:
+    layout = ResidentLayout(72, 2, 2)
+    assert layout.fits(2)
+    assert not layout.fits(4)
+    with pytest.raises(ValueError, match="4 slices of 72 groups"):
+        layout.total_bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_once", "programs"),
+    [((4333,), None, 91), ((14336,), None, 128), ((40, 33), None, 6), ((40, 33), 4, 3), ((1000, 7), 5, 5)],
+)
+def test_programs_are_as_few_as_have_no_more_tiles_each(
+    rows: tuple[int, ...], at_once: int | None, programs: int
+) -> None:
+    """271 tiles are three for each of 91 programs, as they would be for some of 132."""
+    kernel = Notes(chosen(SliceSpec((2,), 128), parts=len(rows)))
+    ones = torch.ones(8, dtype=torch.int32)
+    halves = torch.empty(32, 1, 32, 32, dtype=torch.int8)
+    prepared = Prepared(ones, halves, halves, torch.empty(32, 8, 2), (8,), COLUMNS, torch.float32)
+    scales = torch.ones(1, 32)
+    weights = [Weight(torch.empty(2, n, 128, dtype=torch.int32), scales, scales, None) for n in rows]
+    launch.multiply(kernel, prepared, weights, at_once=at_once)
+    ((grid, _),) = kernel.launches
+    assert grid == (1, programs)
+
+
+@pytest.mark.parametrize(("scales", "family"), [(torch.float16, RESIDENT), (torch.float32, Family.SLICED_MMA)], ids=str)
+def test_a_launch_is_warmed_with_the_kernel_that_it_takes(scales: torch.dtype, family: Family) -> None:
+    wanted = Launch(SPEC, ROWS, 8192, torch.device("cuda"), torch.bfloat16, scales)
+    found = kernels_of(wanted, H100, [TokenClass.FEW], workspace=False)
+    assert [spec.family for spec in found if spec.family in (RESIDENT, Family.SLICED_MMA)] == [family]
+
+
+@pytest.mark.parametrize(("refusal", "family"), [(None, RESIDENT), ("no Gluon", Family.SLICED_MMA)], ids=str)
+def test_without_gluon_a_program_for_each_tile(
+    refusal: str | None, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "gluon_refusal", lambda: refusal)
+    monkeypatch.setattr("mobiquant_compiler.codegen.cache.load", lambda spec: spec)
+    monkeypatch.setattr("mobiquant_compiler.codegen.toolchain.interpreting", lambda: False)
+    found = kernels.multiply_kernel.__wrapped__(SPEC, ROWS, COLUMNS, TokenClass.FEW, H100, Activation.A16)
+    assert found.family is family
