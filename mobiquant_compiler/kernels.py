@@ -144,7 +144,7 @@ def batch_tiles(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, par
 
 @lru_cache(maxsize=1024)
 def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ...]) -> BatchTile | None:
-    """Return the tile of a call of batch_wgmma, which wants tokens as rows; None where sliced_mma serves it.
+    """Return the tile of a call of batch_wgmma, which wants tokens as rows; None where lanes load them.
 
     Args:
         spec: Widths, group and layout of the weights.

@@ -141,7 +141,13 @@ def _together(members: Sequence[Launch]) -> Iterator[Launch]:
 
 
 def kernels_of(
-    launch: Launch, target: Target, tokens: Iterable[TokenClass], *, workspace: bool, emulate: bool = False
+    launch: Launch,
+    target: Target,
+    tokens: Iterable[TokenClass],
+    *,
+    workspace: bool,
+    emulate: bool = False,
+    gluon: bool = True,
 ) -> list[KernelSpec]:
     """Return the kernels of a launch on a target, as `wiring` chooses them; pure, and needs no device.
 
@@ -151,6 +157,7 @@ def kernels_of(
         tokens: Classes of token counts.
         workspace: Whether there are long calls, which dequantize weights for a library's GEMM or in registers.
         emulate: For the interpreter.
+        gluon: Whether kernels in Gluon can be compiled; others serve their calls where they cannot.
 
     Raises:
         KernelDoesNotFit: no tile fits the target.
@@ -168,20 +175,32 @@ def kernels_of(
             facts = {"activation": launch.activation, "route": route, "long": long}
             found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts, **first))
     counts = list(tokens)
-    found += _batch_kernels(launch, target, counts, workspace=workspace)
+    if gluon:
+        found += _batch_kernels(launch, target, counts, workspace=workspace)
     for count in counts:
-        facts = {"activation": launch.activation, "has_bias": launch.bias_dtype is not None, "parts": launch.parts}
-        size = launch.scale_dtype.itemsize
-        found.append(multiply_spec(spec, k, count, target, n=launch.n, scale_bytes=size, emulate=emulate, **facts))
+        own = multiply_spec(
+            spec,
+            k,
+            count,
+            target,
+            n=launch.n,
+            activation=launch.activation,
+            has_bias=launch.bias_dtype is not None,
+            parts=launch.parts,
+            scale_bytes=launch.scale_dtype.itemsize,
+            emulate=emulate,
+            gluon=gluon,
+        )
+        found.append(own)
     if workspace:
         for sorted_rows in (True, False):
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))
-        found += _fused_kernels(launch, target)
+        found += _fused_kernels(launch, target) if gluon else ()
     return list(dict.fromkeys(found))
 
 
 def binaries_of(
-    launches: Iterable[Launch], target: Target, tokens: Iterable[TokenClass], *, workspace: bool
+    launches: Iterable[Launch], target: Target, tokens: Iterable[TokenClass], *, workspace: bool, gluon: bool = True
 ) -> list[tuple[KernelSpec, Dtypes]]:
     """Return the kernels of launches, each once, with the dtypes they are compiled for.
 
@@ -190,6 +209,7 @@ def binaries_of(
         target: As `kernels_of` takes it, and what follows.
         tokens: Classes of token counts.
         workspace: Whether there are long calls.
+        gluon: Whether kernels in Gluon can be compiled.
 
     Raises:
         KernelDoesNotFit: no tile fits the target.
@@ -198,7 +218,7 @@ def binaries_of(
 
     classes, found = list(tokens), dict[tuple[KernelSpec, Dtypes], None]()
     for launch in launches:
-        for spec in kernels_of(launch, target, classes, workspace=workspace):
+        for spec in kernels_of(launch, target, classes, workspace=workspace, gluon=gluon):
             bias = launch.bias_dtype if spec.has_bias else None
             found[spec, Dtypes.of(launch.x_dtype, launch.scale_dtype, bias)] = None
     return list(found)

@@ -13,7 +13,7 @@ from torch import nn
 
 from mobiquant_compiler import warming
 from mobiquant_compiler.errors import BadOption
-from mobiquant_compiler.kernels import target_of
+from mobiquant_compiler.kernels import gluon_refusal, target_of
 from mobiquant_compiler.launches import Launch, binaries_of, launches_of
 from mobiquant_compiler.runtime import launch as runtime
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation
@@ -118,7 +118,7 @@ def _compile(launches: Sequence[Launch], max_tokens: int | None, workers: int | 
     jobs: list[compiling.Job] = [
         (spec, target.cc, dtypes)
         for target, own in by_target.items()
-        for spec, dtypes in binaries_of(own, target, classes, workspace=long)
+        for spec, dtypes in binaries_of(own, target, classes, workspace=long, gluon=gluon_refusal() is None)
     ]
     return compiling.compile_all(jobs, workers, lambda done: progress("compile", done, len(jobs)))
 

@@ -48,7 +48,7 @@ def blocks_of(rows: Iterable[int]) -> int:
 
 
 def tile_of(tokens: int, blocks: int) -> BatchTile | None:
-    """Return the tile of a call, None where sliced_mma is as fast or faster for tokens of unlike counts; pure.
+    """Return the tile of a call, None where tokens as lanes load them are no slower if their counts are unlike; pure.
 
     It must be said before counts are known. Tokens of one count are slower than by sliced_mma at 28672x8192 with 16
     tokens, by less than unlike ones are faster there.

@@ -120,7 +120,7 @@ def shared_bytes(spec: KernelSpec) -> int:
 
     - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
-    - resident_mma: what its layout says, with scales of 32 bits where those fit.
+    - resident_mma: what its layout says, with scales of 16 bits or of 32, whichever are more and fit.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
     - sliced_wgmma: stages of 64 columns of activations, two of 128 columns of words, the tile of outputs, barriers.
     - dequantize: nothing where the workspace has 16 bits; a tile of float32 on its way to 16-byte stores, ``4 N W``.
@@ -142,8 +142,8 @@ def shared_bytes(spec: KernelSpec) -> int:
 def _resident_bytes(spec: KernelSpec) -> int:
     slices, groups = len(spec.widths), spec.k // spec.group
     halves = 2 if spec.activation is Activation.A16 else 1
-    layouts = (ResidentLayout(groups, size, halves) for size in (4, 2))
-    return next((layout.total_bytes(slices) for layout in layouts if layout.fits(slices)), 1 << 20)
+    layouts = [ResidentLayout(groups, size, halves) for size in (2, 4)]
+    return max((layout.total_bytes(slices) for layout in layouts if layout.fits(slices)), default=1 << 20)
 
 
 def _batch_bytes(spec: KernelSpec) -> int:

@@ -71,7 +71,7 @@ def wait_for_copies(tid, PENDING: tl.constexpr):
 def meet(number, THREADS: tl.constexpr):
     """Have threads of the same barrier wait for one another: THREADS of them, number int32 [.] from 1 to 15."""
     MEETING: tl.constexpr = _meeting(THREADS)
-    tl.inline_asm_elementwise(MEETING, "=r,r", [number], tl.int32, False, 1)
+    tl.inline_asm_elementwise(MEETING, "=&r,r", [number], tl.int32, False, 1)
 
 
 @triton.jit

@@ -234,7 +234,8 @@ def multiply(
     if spec.family is Family.RESIDENT_MMA:
         assert tokens <= spec.block_m, "programs that go from tile to tile have one block of tokens"
         # As few as are done no later: with the same number of tiles each, none runs alone at the end.
-        blocks = ceil_div(blocks, ceil_div(blocks, at_once or programs_at_once(spec, device)))
+        turns = ceil_div(blocks, at_once or programs_at_once(spec, device))
+        blocks = ceil_div(blocks, max(1, turns))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)
     return ys
@@ -247,7 +248,7 @@ def programs_at_once(spec: KernelSpec, device: torch.device) -> int:
 
 
 def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:
-    """Return the activations of a launch of sliced_mma."""
+    """Return the activations of a launch of sliced_mma or resident_mma."""
     assert prepared.sums is None, "these tokens are rows"
     return {
         "high_ptr": prepared.high.view(torch.int32),

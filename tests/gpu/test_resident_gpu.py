@@ -80,7 +80,7 @@ def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
 @pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2)], ids=str)
 def test_fewer_slices(widths: tuple[int, ...]) -> None:
     spec = SliceSpec(widths, 128)
-    for k in (8192, FULL_CHAINS):
+    for k in (8192, 5120, FULL_CHAINS):  # rings of two steps, of which not all chains have the last of 5120 columns
         case = random_case(spec, 7, 333, k, device=WHERE)
         compare(spec, k, quantized(case), [replace(weight_of(case), bias=None)])
 
@@ -118,6 +118,8 @@ def test_a_linear_takes_them_under_a_graph_whatever_the_counts() -> None:
     tokens = [replace(case, x=case.x[i : i + 1], counts=case.counts[i : i + 1].clone()) for i in range(8)]
     alone = [wiring.routed_linear(*token.arguments, SPEC) for token in tokens]
     counts = case.counts.clone()
+    chosen_for = wiring.multiply_kernel_for([weight_of(case)], 8, 6000, FULL_CHAINS, SPEC, Activation.A16)
+    assert chosen_for.spec.family is Family.RESIDENT_MMA
     wiring.routed_linear(*case.arguments, SPEC)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

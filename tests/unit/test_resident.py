@@ -14,7 +14,7 @@ from mobiquant_compiler.codegen.resident_configs import multiply_spec
 from mobiquant_compiler.codegen.resident_layout import MARK, MOST_BYTES, SUMS, TEAMS, ResidentLayout
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
-from mobiquant_compiler.launches import Launch, kernels_of
+from mobiquant_compiler.launches import Launch, binaries_of, kernels_of
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
@@ -32,6 +32,7 @@ def chosen(spec: SliceSpec = SPEC, k: int = COLUMNS, target: Target = H100, toke
 
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_few_tokens_of_many_rows(tokens: int) -> None:
+    assert chosen(n=32 * 132 + 1, tokens=tokens).family is RESIDENT
     for k in (3000, COLUMNS, 8192):
         for widths in ((2,), (2, 2), (2, 2, 2, 2)):
             spec = chosen(SliceSpec(widths, 128), k, tokens=tokens, parts=3, has_bias=True)
@@ -49,7 +50,7 @@ def test_few_tokens_of_many_rows(tokens: int) -> None:
         {"n": 0},
         {"k": 2048},
         {"k": 8320},
-        {"k": 8320, "activation": Activation.A8},
+        {"k": 9216, "activation": Activation.A8},
         {"k": 17 * 128},
         {"k": 8192, "scale_bytes": 4},
         {"spec": SliceSpec((2, 2, 2, 2), 64)},
@@ -134,6 +135,16 @@ def test_a_ring_has_two_steps_where_that_was_faster() -> None:
     assert [ResidentLayout(32, 2, 2).choice(count)[0] for count in (1, 2, 3, 4)] == [1] * 4
 
 
+def test_the_estimate_is_from_above_whatever_scales_are() -> None:
+    """Scales of 32 bits may leave room for a shorter ring only, which takes less than the longer one of others."""
+    for widths in ((2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)):
+        for k in (4096, 6144, 8192):
+            estimate = configs.shared_bytes(chosen(SliceSpec(widths, 128), k))
+            for layout in (ResidentLayout(k // 128, size, 2) for size in (2, 4)):
+                if layout.fits(len(widths)):
+                    assert layout.total_bytes(len(widths)) <= estimate
+
+
 def test_what_does_not_fit() -> None:
     layout = ResidentLayout(72, 2, 2)
     assert layout.fits(2)
@@ -166,6 +177,16 @@ def test_a_launch_is_warmed_with_the_kernel_that_it_takes(scales: torch.dtype, f
     wanted = Launch(SPEC, ROWS, 8192, torch.device("cuda"), torch.bfloat16, scales)
     found = kernels_of(wanted, H100, [TokenClass.FEW], workspace=False)
     assert [spec.family for spec in found if spec.family in (RESIDENT, Family.SLICED_MMA)] == [family]
+
+
+def test_without_gluon_nothing_is_warmed_that_cannot_be_compiled() -> None:
+    wanted = Launch(SPEC, ROWS, COLUMNS, torch.device("cuda"), torch.bfloat16, torch.float16)
+    in_gluon = {RESIDENT, Family.BATCH_WGMMA, Family.SLICED_WGMMA}
+    found = [spec for spec, _ in binaries_of([wanted], H100, TokenClass, workspace=True, gluon=True)]
+    assert {spec.family for spec in found} >= in_gluon
+    without = [spec for spec, _ in binaries_of([wanted], H100, TokenClass, workspace=True, gluon=False)]
+    assert not {spec.family for spec in without} & in_gluon
+    assert [spec.block_m for spec in without if spec.family is Family.SLICED_MMA] == [1, 8, 16, 32]
 
 
 @pytest.mark.parametrize(("refusal", "family"), [(None, RESIDENT), ("no Gluon", Family.SLICED_MMA)], ids=str)
