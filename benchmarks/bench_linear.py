@@ -15,7 +15,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import linear_summary
@@ -70,7 +69,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=15, help="processes that compile beforehand; 0: none")
     parser.add_argument("--seed", type=int, help="repeat a run's random data; default: new data")
     parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark out")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=record.result_file, metavar="FILE")
     args = parser.parse_args(given)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu tries the benchmark out, without figures that mean anything")

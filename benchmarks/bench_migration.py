@@ -42,7 +42,7 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, help="calibrate, and keep finished steps here")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=record.result_file, metavar="FILE")
     return parser
 
 

@@ -6,7 +6,6 @@ python benchmarks/bench_speed.py [--model smollm2] [--budgets 8 6 5 4 3]     # b
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import record
 
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=record.result_file, metavar="FILE")
     args = parser.parse_args()
     settings = Settings(args.prompt, args.tokens, args.repeat)
     rows = measure(args.model, args.methods, args.budgets, settings, args.device, args.dtype)

@@ -40,7 +40,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--cases", nargs="+", type=case, default=[(1, 2, "uniform"), (8, 2, "mixed"), (1024, 4, "mixed")]
     )
     parser.add_argument("--rounds", type=int, default=2, help="times that each tree is measured")
-    parser.add_argument("--device", default="cuda", help="cpu only tries the script out")
+    parser.add_argument("--device", default="cuda", help="cpu wants TRITON_INTERPRET=1, and minutes a case")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(given)

@@ -221,6 +221,14 @@ class TestRun:
         assert stopped.value.code == 2
         assert f"'{text}' is no shape; wanted NxK" in capsys.readouterr().err
 
+    def test_a_folder_to_write_to_is_refused_before_anything_is_measured(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            bench_linear.arguments(["--device", "cpu", "--out", str(tmp_path)])
+        assert stopped.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{tmp_path} is a folder; wanted the name of a file, as {tmp_path}/results.json" in said
+        assert bench_linear.arguments(["--device", "cpu", "--out", str(tmp_path / "a.json")]).out == tmp_path / "a.json"
+
     def test_defaults(self):
         args = bench_linear.arguments(["--device", "cpu"])
         assert (len(args.shapes), len(args.tokens)) == (6, 10)
