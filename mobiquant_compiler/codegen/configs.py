@@ -245,7 +245,7 @@ def kernel_spec(
 
 
 def _tiles(family: Family, weight: SliceSpec, k: int, tokens: TokenClass) -> tuple[Tile, ...]:
-    assert family not in _ELSEWHERE, "wgmma_spec, batch_spec and resident_spec choose them"
+    assert family not in _ELSEWHERE, "wgmma_spec, batch_spec and multiply_spec choose them"
     if family is Family.ROUTE_QUANTIZE:
         # 16 bytes of bfloat16 a thread to quantize; four warps route 4096 columns with all their loads in flight.
         warps = 4 if k <= _LONG else 8

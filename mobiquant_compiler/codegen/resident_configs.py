@@ -40,46 +40,6 @@ def serves(
     return copied and rows and k <= _MOST_COLUMNS and layout.fits(weight.num_slices)
 
 
-def resident_spec(
-    weight: SliceSpec,
-    k: int,
-    target: Target,
-    *,
-    n: int,
-    activation: Activation = Activation.A16,
-    has_bias: bool = False,
-    parts: int = 1,
-) -> KernelSpec:
-    """Return the kernel that keeps activations in shared memory.
-
-    Args:
-        weight: Widths, group and layout.
-        k: Input columns.
-        target: What it must fit.
-        n: Output rows of all weights of the launch.
-        activation: Fixed-point width of activations.
-        has_bias: Whether a bias is added.
-        parts: Weights of the launch.
-
-    Raises:
-        KernelDoesNotFit: the target has less shared memory.
-    """
-    spec = KernelSpec(
-        Family.RESIDENT_MMA,
-        *(weight.widths, weight.group, weight.layout, weight.padded(k)),
-        activation=activation,
-        has_bias=has_bias,
-        parts=parts,
-        block_m=TokenClass.SOME.sample - 1,
-        block_n=_ROWS,
-        num_warps=_WARPS,
-        overlap=True,
-        prefetch=prefetched(weight, n, k, TokenClass.FEW),
-        max_registers=_REGISTERS,
-    )
-    return choose((spec,), target)
-
-
 def multiply_spec(
     weight: SliceSpec,
     k: int,
@@ -112,8 +72,19 @@ def multiply_spec(
     Raises:
         KernelDoesNotFit: no tile fits the target.
     """
-    facts = {"n": n, "activation": activation, "has_bias": has_bias, "parts": parts}
+    facts = {"activation": activation, "has_bias": has_bias, "parts": parts}
     resident = serves(weight, n, k, tokens, target, activation=activation, scale_bytes=scale_bytes)
-    if resident and gluon and not emulate:
-        return resident_spec(weight, k, target, **facts)
-    return kernel_spec(Family.SLICED_MMA, weight, k, tokens, target, emulate=emulate, **facts)
+    if emulate or not (resident and gluon):
+        return kernel_spec(Family.SLICED_MMA, weight, k, tokens, target, n=n, emulate=emulate, **facts)
+    spec = KernelSpec(
+        Family.RESIDENT_MMA,
+        *(weight.widths, weight.group, weight.layout, weight.padded(k)),
+        block_m=TokenClass.SOME.sample - 1,
+        block_n=_ROWS,
+        num_warps=_WARPS,
+        overlap=True,
+        prefetch=prefetched(weight, n, k, tokens),
+        max_registers=_REGISTERS,
+        **facts,
+    )
+    return choose((spec,), target)

@@ -63,6 +63,26 @@ class ResidentLayout:
                 return depth, sides
         raise ValueError(f"{count} slices of {self.groups} groups do not fit {MOST_BYTES} bytes")
 
+    def depth(self, count: int) -> int:
+        """Return how many steps a ring holds."""
+        return self.choice(count)[0]
+
+    def sides(self, count: int) -> int:
+        """Return for how many tiles' sums there is room."""
+        return self.choice(count)[1]
+
+    def sums_at(self, count: int) -> int:
+        """Return where in a team's memory sums begin."""
+        return self.places(count)[0]
+
+    def facts_at(self, count: int) -> int:
+        """Return where in a team's memory scales begin."""
+        return self.places(count)[1]
+
+    def team_bytes(self, count: int) -> int:
+        """Return how many bytes a team has."""
+        return self.places(count)[2]
+
     def places(self, count: int) -> tuple[int, int, int]:
         """Return where in a team's memory sums and scales begin, behind the rings, and where they end."""
         depth, sides = self.choice(count)
@@ -75,7 +95,7 @@ class ResidentLayout:
         Raises:
             ValueError: that is more than there is.
         """
-        return self.acts_bytes + TEAMS * max(self.places(count)[2] for count in range(1, slices + 1)) + MARK
+        return self.acts_bytes + TEAMS * max(self.team_bytes(count) for count in range(1, slices + 1)) + MARK
 
     def fits(self, slices: int) -> bool:
         """Say whether every count has room."""

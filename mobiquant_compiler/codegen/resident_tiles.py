@@ -12,47 +12,10 @@ import triton.language as tl
 
 from mobiquant_compiler.codegen import chains, parts, products, rings, shared_memory, steps, tiles
 from mobiquant_compiler.codegen.resident_layout import SUMS as SUMS_BYTES
-from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 
 TEAM = rings.TEAM
 ALL = tl.constexpr(3)  # the barrier where both teams meet; their own are 1 and 2
 SUMS = tl.constexpr(SUMS_BYTES)
-
-
-@triton.constexpr_function
-def acts_bytes(groups, halves):
-    """Return how many bytes of shared memory eight tokens take."""
-    return ResidentLayout(groups, 1, halves).acts_bytes
-
-
-@triton.constexpr_function
-def depth_of(count, groups, size, halves):
-    """Return how many steps a ring holds."""
-    return ResidentLayout(groups, size, halves).choice(count)[0]
-
-
-@triton.constexpr_function
-def sides_of(count, groups, size, halves):
-    """Return for how many tiles' sums there is room."""
-    return ResidentLayout(groups, size, halves).choice(count)[1]
-
-
-@triton.constexpr_function
-def sums_at(count, groups, size, halves):
-    """Return where in a team's memory sums begin."""
-    return ResidentLayout(groups, size, halves).places(count)[0]
-
-
-@triton.constexpr_function
-def team_bytes(count, groups, size, halves):
-    """Return how many bytes a team has."""
-    return ResidentLayout(groups, size, halves).places(count)[2]
-
-
-@triton.constexpr_function
-def total_bytes(slices, groups, size, halves):
-    """Return how many bytes of shared memory a program takes."""
-    return ResidentLayout(groups, size, halves).total_bytes(slices)
 
 
 @triton.jit
@@ -194,15 +157,19 @@ def multiply_tiles(
     counts_ptr, tid, most, tokens = given
     HALVES: tl.constexpr = 2 if ACTIVATION == "a16" else 1
     GROUPS: tl.constexpr = K_PADDED // GROUP
-    STEPS: tl.constexpr = rings.steps_of(GROUPS)
     DTYPE: tl.constexpr = weights[1][0].dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    DEPTH: tl.constexpr = depth_of(COUNT, GROUPS, SIZE, HALVES)
-    SIDES: tl.constexpr = sides_of(COUNT, GROUPS, SIZE, HALVES)
+    STEPS: tl.constexpr = rings.laid_out("steps", GROUPS, SIZE, HALVES)
+    DEPTH: tl.constexpr = rings.laid_out("depth", GROUPS, SIZE, HALVES, COUNT)
+    SIDES: tl.constexpr = rings.laid_out("sides", GROUPS, SIZE, HALVES, COUNT)
     shrinks = ()
     if not ALIKE:
         shrinks = tiles.shrinks_of(counts_ptr, 0, tid % 4, tokens, 1, WIDTHS, False)
-    team = base + acts_bytes(GROUPS, HALVES) + tid // TEAM * team_bytes(COUNT, GROUPS, SIZE, HALVES)
+    team = (
+        base
+        + rings.laid_out("acts_bytes", GROUPS, SIZE, HALVES)
+        + tid // TEAM * rings.laid_out("team_bytes", GROUPS, SIZE, HALVES, COUNT)
+    )
     ring = team + tid % TEAM // 32 * (1024 * COUNT * DEPTH)
     zero = tl.program_id(1) * 0
     tile = rings.tile_of(zero, tid, weights[5])
@@ -267,7 +234,7 @@ def multiply_tiles(
                         K_PADDED,
                         ACTIVATION,
                     )
-        room = team + sums_at(COUNT, GROUPS, SIZE, HALVES) + turn % SIDES * SUMS
+        room = team + rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT) + turn % SIDES * SUMS
         total = add_chains(sums, room, tid, SIDES)
         store_tile(total, tile, weights, tokens, tid, HAS_BIAS)
     shared_memory.wait_for_copies(tid, 0)

@@ -20,21 +20,10 @@ TEAM = tl.constexpr(256)  # threads
 
 
 @triton.constexpr_function
-def facts_at(count, groups, size, halves):
-    """Return where in a team's memory scales begin."""
-    return ResidentLayout(groups, size, halves).places(count)[1]
-
-
-@triton.constexpr_function
-def facts_bytes(groups, size):
-    """Return how many bytes of shared memory a row's scales take."""
-    return ResidentLayout(groups, size, 1).facts_bytes
-
-
-@triton.constexpr_function
-def steps_of(groups):
-    """Return how many steps a tile has."""
-    return ResidentLayout(groups, 1, 1).steps
+def laid_out(name, groups, size, halves, count=0):
+    """Return a number of `ResidentLayout` by its name; count: of slices, where it depends on that."""
+    found = getattr(ResidentLayout(groups, size, halves), name)
+    return found(count) if count else found
 
 
 @triton.jit
@@ -61,14 +50,15 @@ def begin_tile(team, turn, tile, weights, tid, COUNT: tl.constexpr, GROUPS: tl.c
     SIZE: tl.constexpr = weights[1][0].dtype.element_ty.primitive_bitwidth // 8
     EACH: tl.constexpr = GROUPS * SIZE // 16  # copies a row
     tl.static_assert(GROUPS * SIZE % 16 == 0, "a row of scales is whole copies")
-    FACTS: tl.constexpr = facts_at(COUNT, GROUPS, SIZE, HALVES)
+    FACTS: tl.constexpr = laid_out("facts_at", GROUPS, SIZE, HALVES, COUNT)
+    ROW: tl.constexpr = laid_out("facts_bytes", GROUPS, SIZE, HALVES)
     here = tile < parts.blocks_of(weights[5], 16)
     for start in tl.static_range(0, 32 * EACH, TEAM):
         # Rows 0 to 15 are scales, the others zero points.
         number = start + tid % TEAM
         row = number // EACH
         at = tl.minimum(first_row + row % 16, n_rows - 1) * GROUPS + number % EACH * (16 // SIZE)
-        to = team + FACTS + (turn % 2 * 32 + row) * facts_bytes(GROUPS, SIZE) + number % EACH * 16
+        to = team + FACTS + (turn % 2 * 32 + row) * ROW + number % EACH * 16
         shared_memory.copy_where(to, tl.where(row < 16, scale_ptr, zero_ptr) + at, here & (row < 32))
     lane, chain = tid % 32, tid % TEAM // 32
     row = first_row + lane // 4
@@ -108,7 +98,7 @@ def ask_after(team, asked, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constex
     step += 1
     upper += 128
     lower += 128
-    if step == steps_of(GROUPS):
+    if step == (GROUPS + 15) // 16:
         step = step * 0
         turn += 1
         tile = tile_of(turn, tid, weights[5])
@@ -132,8 +122,8 @@ def take(
 ):
     """Read a step, once it is there: words as `device.split_words` returns them, and scales as `load_chunk` does."""
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    ROW: tl.constexpr = facts_bytes(GROUPS, SIZE)
-    FACTS: tl.constexpr = facts_at(COUNT, GROUPS, SIZE, HALVES)
+    ROW: tl.constexpr = laid_out("facts_bytes", GROUPS, SIZE, HALVES)
+    FACTS: tl.constexpr = laid_out("facts_at", GROUPS, SIZE, HALVES, COUNT)
     lane = tid % 32
     shared_memory.wait_for_copies(tid, PENDING)
     words = ()

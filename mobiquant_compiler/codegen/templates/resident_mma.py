@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, parts, resident_tiles, shared_memory
+from mobiquant_compiler.codegen import device, parts, resident_tiles, rings, shared_memory
 
 
 @gluon.jit
@@ -111,7 +111,7 @@ def resident_mma(
     gdc_wait()
     SIZE: gl.constexpr = scale_ptr.dtype.element_ty.primitive_bitwidth // 8
     HALVES: gl.constexpr = 2 if ACTIVATION == "a16" else 1
-    BYTES: gl.constexpr = resident_tiles.total_bytes(NUM_SLICES, K_PADDED // GROUP, SIZE, HALVES)
+    BYTES: gl.constexpr = rings.laid_out("total_bytes", K_PADDED // GROUP, SIZE, HALVES, NUM_SLICES)
     memory = gl.allocate_shared_memory(gl.int32, [BYTES // 128, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Triton sees this being written, and reserves it all until it is let go.
     mark = gl.arange(0, 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))

@@ -14,7 +14,7 @@ import pytest
 
 from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, wgmma_spec
-from mobiquant_compiler.codegen.resident_configs import resident_spec
+from mobiquant_compiler.codegen.resident_configs import multiply_spec
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 
@@ -37,8 +37,8 @@ KERNELS = {
     "one_token": kernel(Family.SLICED_MMA, SliceSpec()),
     "one_token_planes_bias": kernel(Family.SLICED_MMA, PLANES, has_bias=True),
     "many_tokens_siblings": kernel(Family.SLICED_MMA, SliceSpec(), 8, parts=3),
-    "resident_siblings": resident_spec(SliceSpec(), 4096, H100, n=14336, parts=2),
-    "resident_two_slices_bias": resident_spec(SliceSpec((2, 2)), 8192, H100, n=14336, has_bias=True),
+    "resident_siblings": multiply_spec(SliceSpec(), 4096, TokenClass.FEW, H100, n=14336, parts=2),
+    "resident_two_slices_bias": multiply_spec(SliceSpec((2, 2)), 8192, TokenClass.FEW, H100, n=14336, has_bias=True),
     "many_tokens_interpreted": kernel(Family.SLICED_MMA, SliceSpec((1,) * 8), 8, emulate=True),
     "dequantize_sorted": kernel(Family.DEQUANTIZE, SliceSpec()),
     "gather_tokens": kernel(Family.GATHER_TOKENS, SliceSpec()),
