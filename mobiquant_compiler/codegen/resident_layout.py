@@ -7,7 +7,9 @@ from dataclasses import dataclass
 TEAMS = 2
 MOST_BYTES = 227 << 10  # of a program, on sm_90
 SUMS = 8 * 128 * 4  # bytes of the sums that eight warps exchange of a tile: 16 rows by eight tokens each
+BARRIERS = 8 * (16 + 2 * 8 * TEAMS)  # bytes of barriers: one a step of activations, then two for each warp
 MARK = 128  # bytes behind it all, the only ones that Triton sees written: they have it reserve the rest
+_UNIT = 512  # bytes after which the copy engine's order of a box repeats
 _CHOICES = ((2, 2), (2, 1), (1, 2), (1, 1))  # steps in a ring and tiles' sums, best first
 
 
@@ -15,9 +17,10 @@ _CHOICES = ((2, 2), (2, 1), (1, 2), (1, 1))  # steps in a ring and tiles' sums, 
 class ResidentLayout:
     """Shared memory of a program.
 
-    Activations of eight tokens stand first: high halves by group, low ones, steps and shifts. Each of two teams of
-    eight warps follows: rings of words, a slot a step of every warp, sums of chains, and scales and zero points of two
-    tiles.
+    Activations of eight tokens stand first: high halves by group, low ones, steps and shifts. Scales and zero points of
+    two tiles follow for each of two teams of eight warps; up to here nothing depends on slice counts, and is asked for
+    before they are known. Then come, a team, rings of words, a slot a step of every warp, and sums of chains; barriers
+    last.
 
     Attributes:
         groups: Groups of 128 columns.
@@ -44,22 +47,25 @@ class ResidentLayout:
         """How many bytes a row's scales take: 16 more than there are, against bank conflicts."""
         return self.groups * self.size + 16
 
+    @property
+    def teams_at(self) -> int:
+        """Where the memory of the first team begins, behind activations and the scales of both."""
+        return -(-(self.acts_bytes + TEAMS * 2 * 32 * self.facts_bytes) // _UNIT) * _UNIT
+
     def _team_bytes(self, count: int, depth: int, sides: int) -> int:
-        return 8 * 1024 * count * depth + SUMS * sides + 2 * 32 * self.facts_bytes
+        return 8 * 1024 * count * depth + SUMS * sides
 
     def choice(self, count: int) -> tuple[int, int]:
         """Return how many steps a ring holds where `count` slices are used, and for how many tiles' sums there is room.
 
-        Measured on an H100: a second step pays with up to two slices and more than two steps a tile. With more than 64
-        KB under way copies stand in line, and so does what reads shared memory behind them.
+        Measured on an H100: a second step pays with up to two slices; with more, 64 KB are under way without it.
 
         Raises:
             ValueError: nothing fits.
         """
-        deep = count <= 2 and self.steps > 2
-        left = MOST_BYTES - MARK - self.acts_bytes
+        left = MOST_BYTES - MARK - BARRIERS - self.teams_at
         for depth, sides in _CHOICES:
-            if (depth == 1 or deep) and TEAMS * self._team_bytes(count, depth, sides) <= left:
+            if (depth == 1 or count <= 2) and TEAMS * self._team_bytes(count, depth, sides) <= left:
                 return depth, sides
         raise ValueError(f"{count} slices of {self.groups} groups do not fit {MOST_BYTES} bytes")
 
@@ -72,30 +78,28 @@ class ResidentLayout:
         return self.choice(count)[1]
 
     def sums_at(self, count: int) -> int:
-        """Return where in a team's memory sums begin."""
-        return self.places(count)[0]
-
-    def facts_at(self, count: int) -> int:
-        """Return where in a team's memory scales begin."""
-        return self.places(count)[1]
+        """Return where in a team's memory sums begin, behind the rings."""
+        return 8 * 1024 * count * self.depth(count)
 
     def team_bytes(self, count: int) -> int:
         """Return how many bytes a team has."""
-        return self.places(count)[2]
+        return self._team_bytes(count, *self.choice(count))
 
-    def places(self, count: int) -> tuple[int, int, int]:
-        """Return where in a team's memory sums and scales begin, behind the rings, and where they end."""
-        depth, sides = self.choice(count)
-        rings = 8 * 1024 * count * depth
-        return rings, rings + SUMS * sides, self._team_bytes(count, depth, sides)
-
-    def total_bytes(self, slices: int) -> int:
-        """Return what a program takes: the most of any count, and the mark.
+    def barriers_at(self, slices: int) -> int:
+        """Return where barriers begin: behind the teams, whichever count takes most.
 
         Raises:
             ValueError: that is more than there is.
         """
-        return self.acts_bytes + TEAMS * max(self.team_bytes(count) for count in range(1, slices + 1)) + MARK
+        return self.teams_at + TEAMS * max(self.team_bytes(count) for count in range(1, slices + 1))
+
+    def total_bytes(self, slices: int) -> int:
+        """Return what a program takes.
+
+        Raises:
+            ValueError: that is more than there is.
+        """
+        return self.barriers_at(slices) + BARRIERS + MARK
 
     def fits(self, slices: int) -> bool:
         """Say whether every count has room."""

@@ -4,30 +4,52 @@ A program has the whole of a multiprocessor: two teams of eight warps, a chain a
 activations of all columns, and each go from tile to tile. Warps of a team wait for one another once a tile, when the
 sums of chains are added. Words come by rings (`rings`), and take no registers before they are multiplied.
 
-Names are those of `rings`; base is the address of a program's shared memory (`resident_layout`).
+Names are those of `rings`; base is the address of a program's shared memory (`resident_layout`), ready that of its
+barriers: of activations, one a step, then two for each warp's ring.
 """
 
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, parts, products, rings, shared_memory, steps, tiles
+from mobiquant_compiler.codegen import chains, copy_engine, parts, products, rings, shared_memory, steps, tiles
 from mobiquant_compiler.codegen.resident_layout import SUMS as SUMS_BYTES
 
 TEAM = rings.TEAM
 ALL = tl.constexpr(3)  # the barrier where both teams meet; their own are 1 and 2
 SUMS = tl.constexpr(SUMS_BYTES)
+RINGS = tl.constexpr(128)  # bytes of the barriers of activations
+
+
+@triton.constexpr_function
+def groups_of(step, groups):
+    """Return how many of the groups a step has."""
+    return min(16, groups - 16 * step)
 
 
 @triton.jit
-def copy_activations(base, acts, tid, GROUPS: tl.constexpr, HALVES: tl.constexpr):
-    """Begin to copy all of eight tokens: high halves, low ones, steps and shifts, as they lie in memory."""
-    for half in tl.static_range(HALVES):
-        for start in tl.static_range(0, GROUPS * 64, 2 * TEAM):
-            at = start + tid
-            shared_memory.copy_where(base + half * (GROUPS * 1024) + at * 16, acts[half] + at * 4, at < GROUPS * 64)
-    for start in tl.static_range(0, GROUPS * 4, 2 * TEAM):
-        at = start + tid
-        shared_memory.copy_where(base + HALVES * (GROUPS * 1024) + at * 16, acts[2] + at * 4, at < GROUPS * 4)
+def begin_barriers(ready, tid, GROUPS: tl.constexpr):
+    """Begin all barriers; nothing is copied before."""
+    for step in tl.static_range((GROUPS + 15) // 16):
+        copy_engine.begin_barrier(ready + step * 8, tid == 0)
+    for slot in tl.static_range(2):
+        copy_engine.begin_barrier(ready + RINGS + tid // 32 * 16 + slot * 8, tid % 32 == 0)
+    shared_memory.meet(tid * 0 + ALL, 2 * TEAM)
+
+
+@triton.jit
+def copy_activations(
+    base, ready, acts, tid, FIRST: tl.constexpr, LAST: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr
+):
+    """Begin to copy eight tokens of steps FIRST to LAST - 1: high halves, low ones, steps and shifts, as they lie."""
+    mine = tid == 0
+    for step in tl.static_range(FIRST, LAST):
+        full = ready + step * 8 + tid * 0
+        copy_engine.announce(full, groups_of(step, GROUPS) * (1024 * HALVES + 64) + tid * 0, mine)
+        for half in tl.static_range(HALVES):
+            to = base + half * (GROUPS * 1024) + step * 16384
+            copy_engine.copy_run(to, acts[half] + step * 4096, full, groups_of(step, GROUPS) * 1024, mine)
+        to = base + HALVES * (GROUPS * 1024) + step * 1024
+        copy_engine.copy_run(to, acts[2] + step * 256, full, groups_of(step, GROUPS) * 64, mine)
 
 
 @triton.jit
@@ -122,16 +144,78 @@ def add_chains(sums, room, tid, SIDES: tl.constexpr):
 @triton.jit
 def store_tile(total, tile, weights, tokens, tid, HAS_BIAS: tl.constexpr):
     """Add the bias and write a tile of eight tokens by 16 rows, given what `add_chains` returns."""
-    part, own = parts.which_part(tile, weights[5], 16)
-    y_ptr, n_rows = parts.of_part(part, weights[3]), parts.of_part(part, weights[5])
+    part, own = parts.which_part(tile, weights[4], 16)
+    y_ptr, n_rows = parts.of_part(part, weights[2]), parts.of_part(part, weights[4])
     number, lane = tid // 32 % 4, tid % 32
-    row = own * 16 + lane // 4 + number // 2 * 8
+    row = own * 16 + rings.row_of(lane) + number // 2 * 8
     token = lane % 4 * 2 + number % 2
     mine = (row < n_rows) & (token < tokens) & (tid % TEAM < 128)
     if HAS_BIAS:
-        total += tl.load(parts.of_part(part, weights[4]) + row, mask=mine, other=0.0).to(tl.float32)
+        total += tl.load(parts.of_part(part, weights[3]) + row, mask=mine, other=0.0).to(tl.float32)
     at = token.to(tl.int64) * n_rows + row
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def multiply_step(
+    sums,
+    base,
+    group,
+    words,
+    grids,
+    tid,
+    given,
+    COUNT: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Add a step to the sums; group: the first of a warp's pair.
+
+    Groups are added in a loop, which has half as many instructions, where a tile has more than two steps.
+    """
+    now = group_of(words, grids, 0)
+    following = group_of(words, grids, 1)
+    if K_PADDED > 32 * GROUP:
+        # The compiler must not know that the grid is one wide.
+        for which in tl.range(0, tl.num_programs(0) + 1):
+            sums = add_group(
+                sums,
+                base,
+                group + which,
+                now,
+                tid,
+                given,
+                COUNT,
+                ALIKE,
+                WIDTHS,
+                GROUP,
+                LAYOUT,
+                K_PADDED,
+                ACTIVATION,
+            )
+            now = following
+    else:
+        for which in tl.static_range(2):
+            sums = add_group(
+                sums,
+                base,
+                group + which,
+                now if which == 0 else following,
+                tid,
+                given,
+                COUNT,
+                ALIKE,
+                WIDTHS,
+                GROUP,
+                LAYOUT,
+                K_PADDED,
+                ACTIVATION,
+            )
+    return sums
 
 
 @triton.jit
@@ -140,6 +224,7 @@ def multiply_tiles(
     weights,
     given,
     base,
+    ready,
     COUNT: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -151,90 +236,71 @@ def multiply_tiles(
 ):
     """Multiply up to eight tokens by every tile of 16 rows that is the program's, and write the results.
 
+    Scales of the first turn and activations of the first step have been asked for.
+
     Args: acts are the pointers (high, low, affine); given is (pointer to counts, thread numbers, the largest count,
         tokens).
     """
     counts_ptr, tid, most, tokens = given
     HALVES: tl.constexpr = 2 if ACTIVATION == "a16" else 1
     GROUPS: tl.constexpr = K_PADDED // GROUP
-    DTYPE: tl.constexpr = weights[1][0].dtype.element_ty
+    DTYPE: tl.constexpr = weights[0][0].dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     STEPS: tl.constexpr = rings.laid_out("steps", GROUPS, SIZE, HALVES)
     DEPTH: tl.constexpr = rings.laid_out("depth", GROUPS, SIZE, HALVES, COUNT)
     SIDES: tl.constexpr = rings.laid_out("sides", GROUPS, SIZE, HALVES, COUNT)
+    TEAMS_AT: tl.constexpr = rings.laid_out("teams_at", GROUPS, SIZE, HALVES)
+    TEAM_BYTES: tl.constexpr = rings.laid_out("team_bytes", GROUPS, SIZE, HALVES, COUNT)
+    SUMS_FROM: tl.constexpr = TEAMS_AT + rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT)
     shrinks = ()
     if not ALIKE:
         shrinks = tiles.shrinks_of(counts_ptr, 0, tid % 4, tokens, 1, WIDTHS, False)
-    team = (
-        base
-        + rings.laid_out("acts_bytes", GROUPS, SIZE, HALVES)
-        + tid // TEAM * rings.laid_out("team_bytes", GROUPS, SIZE, HALVES, COUNT)
-    )
-    ring = team + tid % TEAM // 32 * (1024 * COUNT * DEPTH)
+    ring = base + TEAMS_AT + tid // TEAM * TEAM_BYTES + tid % TEAM // 32 * (1024 * COUNT * DEPTH)
+    full = ready + RINGS + tid // 32 * 16
+    facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
     zero = tl.program_id(1) * 0
-    tile = rings.tile_of(zero, tid, weights[5])
-    upper, lower, words_each = rings.begin_tile(team, zero, tile, weights, tid, COUNT, GROUPS, HALVES)
-    asked = (zero, tile, zero, upper, lower, words_each)
-    rings.ask(ring, asked, weights, tid, COUNT, GROUPS)
-    # Words come from further away than activations: they are asked for first.
-    copy_activations(base, acts, tid, GROUPS, HALVES)
-    asked = rings.ask_after(team, asked, weights, tid, COUNT, GROUPS, HALVES)
+    rings.ask(ring, full, zero, zero, weights, tid, COUNT, GROUPS)
+    # What the first step needs is not to stand in line behind anything else.
+    copy_engine.wait_for(full, zero)
+    copy_activations(base, ready, acts, tid, 1, STEPS, GROUPS, HALVES)
     for ahead in tl.static_range(1, DEPTH):
-        rings.ask(ring + ahead * (1024 * COUNT), asked, weights, tid, COUNT, GROUPS)
-        asked = rings.ask_after(team, asked, weights, tid, COUNT, GROUPS, HALVES)
-    shared_memory.wait_for_copies(tid, DEPTH - 1)
-    shared_memory.meet(tid * 0 + ALL, 2 * TEAM)  # activations and the first scales are others' copies
-    slot = zero
-    for turn in tl.range(0, tl.cdiv(parts.blocks_of(weights[5], 16), 2 * tl.num_programs(1))):
-        tile = rings.tile_of(turn, tid, weights[5])
-        shared_memory.leave(tile >= parts.blocks_of(weights[5], 16))
+        slot, its = ring + ahead * (1024 * COUNT), full + ahead * 8
+        rings.ask(slot, its, zero, zero + ahead, weights, tid, COUNT, GROUPS)
+    shared_memory.wait_for_copies(tid)
+    shared_memory.meet(1 + tid // TEAM, TEAM)  # the first scales are others' copies
+    slot, parity = zero, zero
+    for turn in tl.range(0, parts.blocks_of(weights[4], 16)):
+        tile = rings.tile_of(turn, tid, weights[4])
+        shared_memory.leave(tile >= parts.blocks_of(weights[4], 16))
         sums = chains.zeros_for(tid, 4)
+        rings.ask_facts(facts, turn + 1, weights, tid, GROUPS, HALVES)
         for step in tl.range(0, STEPS):
-            here = ring + slot * (1024 * COUNT)
-            words, grids = rings.take(team, here, turn, step, tid, DEPTH - 1, DTYPE, COUNT, GROUPS, HALVES)
-            rings.ask(here, asked, weights, tid, COUNT, GROUPS)
-            asked = rings.ask_after(team, asked, weights, tid, COUNT, GROUPS, HALVES)
+            here, its = ring + slot * (1024 * COUNT), full + slot * 8
+            copy_engine.wait_for(its, parity)
+            copy_engine.wait_for(ready + step * 8 + tid * 0, zero)
+            words, grids = rings.take(facts, here, turn, step, tid, DTYPE, COUNT, GROUPS, HALVES)
+            over = (step + DEPTH >= STEPS).to(tl.int32)
+            rings.ask(here, its, turn + over, step + DEPTH - over * STEPS, weights, tid, COUNT, GROUPS)
             slot = (slot + 1) % DEPTH
-            group = step * 16 + tid % TEAM // 32 * 2
-            now = group_of(words, grids, 0)
-            following = group_of(words, grids, 1)
-            if STEPS > 2:
-                # Half as many instructions where a tile is long; the compiler must not know that the grid is one wide.
-                for which in tl.range(0, tl.num_programs(0) + 1):
-                    sums = add_group(
-                        sums,
-                        base,
-                        group + which,
-                        now,
-                        tid,
-                        (shrinks, most),
-                        COUNT,
-                        ALIKE,
-                        WIDTHS,
-                        GROUP,
-                        LAYOUT,
-                        K_PADDED,
-                        ACTIVATION,
-                    )
-                    now = following
-            else:
-                for which in tl.static_range(2):
-                    sums = add_group(
-                        sums,
-                        base,
-                        group + which,
-                        now if which == 0 else following,
-                        tid,
-                        (shrinks, most),
-                        COUNT,
-                        ALIKE,
-                        WIDTHS,
-                        GROUP,
-                        LAYOUT,
-                        K_PADDED,
-                        ACTIVATION,
-                    )
-        room = team + rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT) + turn % SIDES * SUMS
-        total = add_chains(sums, room, tid, SIDES)
-        store_tile(total, tile, weights, tokens, tid, HAS_BIAS)
-    shared_memory.wait_for_copies(tid, 0)
+            parity = tl.where(slot == 0, 1 - parity, parity)
+            sums = multiply_step(
+                sums,
+                base,
+                step * 16 + tid % TEAM // 32 * 2,
+                words,
+                grids,
+                tid,
+                (shrinks, most),
+                COUNT,
+                ALIKE,
+                WIDTHS,
+                GROUP,
+                LAYOUT,
+                K_PADDED,
+                ACTIVATION,
+            )
+        shared_memory.wait_for_copies(tid)
+        again = shared_memory.thread_again(tid)
+        room = base + SUMS_FROM + again // TEAM * TEAM_BYTES + turn % SIDES * SUMS
+        total = add_chains(sums, room, again, SIDES)
+        store_tile(total, tile, weights, tokens, again, HAS_BIAS)

@@ -1,22 +1,23 @@
-"""Words of weights that come ahead of the products, by copies to shared memory, with scales and zero points.
+"""Words of weights that come ahead of the products, by the copy engine, with scales and zero points.
 
 A ring is its warp's own: no other waits for it, and it goes on from one tile of 16 rows to the next. A slot has a pair
-of groups of 16 rows. Scales and zero points of the next tile come meanwhile, all of them at once, copied by the warps
-of a team; so those know the tile's facts after they have met at the end of the one before.
+of groups of 16 rows, a box for each slice, and a barrier whose phase ends when all of them are there. Scales and zero
+points of the next tile come meanwhile, all of them at once, copied by the warps of a team; so those know the tile's
+facts after they have met at the end of the one before.
 
-Names are those of `products`. A step is a pair of groups for each of eight chains. team is the address of a team's
-shared memory (`resident_layout`), tid the numbers of a program's threads. weights are what each weight of the launch
-has: slices, scales, zero points, outputs, biases (or outputs), rows. asked is what is asked for next: (turn, tile,
-step, pointers to a lane's words of row g and of row g + 8, words of a slice).
+Names are those of `products`. A step is a pair of groups for each of eight chains. facts is the address of a team's
+scales (`resident_layout`), tid the numbers of a program's threads. weights are what each weight of the launch has:
+scales, zero points, outputs, biases (or outputs), rows.
 """
 
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import fragments, parts, shared_memory
+from mobiquant_compiler.codegen import copy_engine, fragments, parts, shared_memory
 from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 
 TEAM = tl.constexpr(256)  # threads
+KERNEL = tl.constexpr("resident_mma")  # whose parameters begin with descriptors of the words
 
 
 @triton.constexpr_function
@@ -39,112 +40,104 @@ def tile_of(turn, tid, rows):
 
 
 @triton.jit
-def begin_tile(team, turn, tile, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr):
-    """Ask for a tile's scales and zero points, those of even turns on one side and those of odd ones on the other.
+def row_of(lane):
+    """Return which of eight rows a lane multiplies as row g.
 
-    Returns where a lane's words of its first step are, of row g and of row g + 8, and how many words a slice has.
+    The copy engine changes the order of a box's 16 bytes from one pair of rows to the next. With rows 0, 1, 4, 5, 2, 3,
+    6, 7 lanes that read at a time meet no bank twice.
     """
-    part, own = parts.which_part(tile, weights[5], 16)
-    slices_ptr, n_rows, first_row = parts.of_part(part, weights[0]), parts.of_part(part, weights[5]), own * 16
-    scale_ptr, zero_ptr = parts.of_part(part, weights[1]), parts.of_part(part, weights[2])
-    SIZE: tl.constexpr = weights[1][0].dtype.element_ty.primitive_bitwidth // 8
+    g = lane // 4
+    return (g & 1) + (g & 2) * 2 + (g & 4) // 2
+
+
+@triton.jit
+def facts_of(base, tid, SIZE: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr):
+    """Return where the scales and zero points of a thread's team are."""
+    ROW: tl.constexpr = laid_out("facts_bytes", GROUPS, SIZE, HALVES)
+    return base + laid_out("acts_bytes", GROUPS, SIZE, HALVES) + tid // TEAM * (2 * 32 * ROW)
+
+
+@triton.jit
+def ask_facts(facts, turn, weights, tid, GROUPS: tl.constexpr, HALVES: tl.constexpr):
+    """Ask for scales and zero points of a turn's tile: those of even turns on one side, of odd ones on the other."""
+    tile = tile_of(turn, tid, weights[4])
+    part, own = parts.which_part(tile, weights[4], 16)
+    n_rows = parts.of_part(part, weights[4])
+    scale_ptr, zero_ptr = parts.of_part(part, weights[0]), parts.of_part(part, weights[1])
+    SIZE: tl.constexpr = weights[0][0].dtype.element_ty.primitive_bitwidth // 8
     EACH: tl.constexpr = GROUPS * SIZE // 16  # copies a row
     tl.static_assert(GROUPS * SIZE % 16 == 0, "a row of scales is whole copies")
-    FACTS: tl.constexpr = laid_out("facts_at", GROUPS, SIZE, HALVES, COUNT)
     ROW: tl.constexpr = laid_out("facts_bytes", GROUPS, SIZE, HALVES)
-    here = tile < parts.blocks_of(weights[5], 16)
+    here = tile < parts.blocks_of(weights[4], 16)
     for start in tl.static_range(0, 32 * EACH, TEAM):
         # Rows 0 to 15 are scales, the others zero points.
         number = start + tid % TEAM
         row = number // EACH
-        at = tl.minimum(first_row + row % 16, n_rows - 1) * GROUPS + number % EACH * (16 // SIZE)
-        to = team + FACTS + (turn % 2 * 32 + row) * ROW + number % EACH * 16
-        shared_memory.copy_where(to, tl.where(row < 16, scale_ptr, zero_ptr) + at, here & (row < 32))
-    lane, chain = tid % 32, tid % TEAM // 32
-    row = first_row + lane // 4
-    word = chain * 16 + lane % 4 * 4
-    upper = slices_ptr + (tl.minimum(row, n_rows - 1).to(tl.int64) * (GROUPS * 8) + word)
-    lower = slices_ptr + (tl.minimum(row + 8, n_rows - 1).to(tl.int64) * (GROUPS * 8) + word)
-    return upper, lower, tl.cast(n_rows, tl.int64) * (GROUPS * 8)
+        at = tl.minimum(own * 16 + row % 16, n_rows - 1) * GROUPS + number % EACH * (16 // SIZE)
+        to = facts + (turn % 2 * 32 + row) * ROW + number % EACH * 16
+        shared_memory.copy(to, tl.where(row < 16, scale_ptr, zero_ptr) + at, here & (row < 32))
 
 
 @triton.jit
-def ask(slot, asked, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """Ask for the words of a step, of COUNT slices; behind the last tile nothing comes.
+def ask(slot, full, turn, step, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """Ask for the words of a step of a turn's tile, of COUNT slices, a lane a slice; behind the last nothing comes.
 
-    A row's words of the first group stand before those of the second, or, in every other pair of rows, behind them:
-    lanes that read one group then meet no bank twice.
+    full: the slot's barrier. Rows behind the weight's last are those of its next slice, or zeros; none is written.
+    Where to find them is computed anew each time: registers that hold it would be missing where groups are multiplied.
     """
-    _, tile, step, upper, lower, words = asked
-    lane = tid % 32
-    here = tile < parts.blocks_of(weights[5], 16)
+    tile = tile_of(turn, tid, weights[4])
+    part, own = parts.which_part(tile, weights[4], 16)
+    where = copy_engine.descriptor(tid, KERNEL, 0)
+    for index in tl.static_range(1, len(weights[4])):
+        where = tl.where(part == index, copy_engine.descriptor(tid, KERNEL, index), where)
+    lane, chain = tid % 32, tid % TEAM // 32
+    here = tile < parts.blocks_of(weights[4], 16)
     if GROUPS % 16 != 0:
         # A chain may end before others do; of an even number of groups a pair is there or is not.
-        here = here & (step * 8 + tid % TEAM // 32 < GROUPS // 2)
-    to = slot + lane // 4 * 64 + (lane % 4 ^ lane // 8 % 2 * 2) * 16
-    for half in tl.static_range(2):
-        source = upper if half == 0 else lower
-        for index in tl.static_range(COUNT):
-            shared_memory.copy(to + (half * COUNT + index) * 512, source + index * words, here)
-
-
-@triton.jit
-def ask_after(team, asked, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr):
-    """Return what to ask for behind a step: the next of the same tile, or the first of the team's next.
-
-    What was asked for since the last call is a group of copies.
-    """
-    turn, tile, step, upper, lower, words = asked
-    step += 1
-    upper += 128
-    lower += 128
-    if step == (GROUPS + 15) // 16:
-        step = step * 0
-        turn += 1
-        tile = tile_of(turn, tid, weights[5])
-        upper, lower, words = begin_tile(team, turn, tile, weights, tid, COUNT, GROUPS, HALVES)
-    shared_memory.end_group(tid)
-    return turn, tile, step, upper, lower, words
+        here = here & (step * 8 + chain < GROUPS // 2)
+    copy_engine.announce(full, tl.where(here, COUNT * 1024, 0), lane == 0)
+    column, row = step * 128 + chain * 16, own * 16 + lane * parts.of_part(part, weights[4])
+    copy_engine.copy_box(slot + lane * 1024, where, column, row, full, here & (lane < COUNT))
 
 
 @triton.jit
 def take(
-    team,
+    facts,
     slot,
     turn,
     step,
     tid,
-    PENDING: tl.constexpr,
     DTYPE: tl.constexpr,
     COUNT: tl.constexpr,
     GROUPS: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Read a step, once it is there: words as `device.split_words` returns them, and scales as `load_chunk` does."""
+    """Read a step that is there: words as `device.split_words` returns them, and scales as `load_chunk` does."""
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     ROW: tl.constexpr = laid_out("facts_bytes", GROUPS, SIZE, HALVES)
-    FACTS: tl.constexpr = laid_out("facts_at", GROUPS, SIZE, HALVES, COUNT)
     lane = tid % 32
-    shared_memory.wait_for_copies(tid, PENDING)
+    row = row_of(lane)
+    quarter = fragments.quarter_of_lane(lane % 4)
+    # Of a row's four times 16 bytes two are of the first group; in a box place c of rows 2 i and 2 i + 1 is c ^ i.
+    at = slot + row * 64 + quarter % 2 * 8
+    first = at + (quarter // 2 ^ row // 2) * 16
+    second = at + (quarter // 2 + 2 ^ row // 2) * 16
     words = ()
     grids = ()
-    swapped = lane // 8 % 2 * 32
-    at = slot + lane // 4 * 64 + fragments.quarter_of_lane(lane % 4) * 8
     for half in tl.static_range(2):
         for index in tl.static_range(COUNT):
-            row = at + (half * COUNT + index) * 512
-            own = (shared_memory.read_two(row + swapped), shared_memory.read_two(row + (32 - swapped)))
-            words = words + (own,)
+            box = index * 1024 + half * 512
+            words = words + ((shared_memory.read_two(first + box), shared_memory.read_two(second + box)),)
     pair = step * 8 + tid % TEAM // 32
     here = pair < GROUPS // 2
     if GROUPS % 16 != 0:
         pair = tl.minimum(pair, GROUPS // 2 - 1)
     for half in tl.static_range(2):
-        fact = team + FACTS + (turn % 2 * 32 + lane // 4 + 8 * half) * ROW + pair * (2 * SIZE)
+        fact = facts + (turn % 2 * 32 + row + 8 * half) * ROW + pair * (2 * SIZE)
         grid = shared_memory.read_pair(fact, DTYPE) + shared_memory.read_pair(fact + 16 * ROW, DTYPE)
         if GROUPS % 16 != 0:
-            # A group that is not there adds nothing.
+            # A group that is not there adds nothing, whatever words are in the slot.
             grid = (tl.where(here, grid[0], 0.0), tl.where(here, grid[1], 0.0), grid[2], grid[3])
         grids = grids + (grid,)
-    fragments.hold_loads(tid)  # now the words may be written over
+    copy_engine.give_back(tid)
     return words, grids

@@ -11,12 +11,6 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _waiting(pending):
-    """Return the instructions that wait for all copies but those of the last `pending` groups, a warp's lanes alike."""
-    return f"mov.b32 $0, $1; cp.async.wait_group {pending}; bar.warp.sync 0xffffffff;"
-
-
-@triton.constexpr_function
 def _meeting(threads):
     """Return the instruction that has so many threads wait for one another, at a barrier of a number."""
     return f"mov.b32 $0, 0; bar.sync $1, {threads};"
@@ -29,20 +23,13 @@ def reserved():
 
 
 @triton.jit
-def copy(to, ptr, wanted):
-    """Begin to copy 16 bytes a thread to shared memory, past the L1 cache; zeros where they are not wanted."""
-    tl.inline_asm_elementwise(
-        "mov.b32 $0, 0; cp.async.cg.shared.global [$1], [$2], 16, $3;",
-        "=&r,r,l,r",
-        [to, ptr.to(tl.int64), tl.where(wanted, 16, 0)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def thread_again(tid):
+    """Return the numbers of a program's threads, read anew: what is computed from them takes no register before."""
+    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r,r", [tid], tl.int32, False, 1)
 
 
 @triton.jit
-def copy_where(to, ptr, mask):
+def copy(to, ptr, mask):
     """Begin to copy 16 bytes a thread to shared memory where the mask is true."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; @p cp.async.cg.shared.global [$1], [$2], 16; }",
@@ -55,16 +42,16 @@ def copy_where(to, ptr, mask):
 
 
 @triton.jit
-def end_group(tid):
-    """Make a group of the copies that a thread has begun since the last one."""
-    tl.inline_asm_elementwise("mov.b32 $0, $1; cp.async.commit_group;", "=r,r", [tid], tl.int32, False, 1)
-
-
-@triton.jit
-def wait_for_copies(tid, PENDING: tl.constexpr):
-    """Wait until all that a warp's lanes have copied is there, but for the last PENDING groups."""
-    WAITING: tl.constexpr = _waiting(PENDING)
-    tl.inline_asm_elementwise(WAITING, "=r,r", [tid], tl.int32, False, 1)
+def wait_for_copies(tid):
+    """Wait until all that a warp's lanes have copied themselves is there."""
+    tl.inline_asm_elementwise(
+        "mov.b32 $0, $1; cp.async.wait_all; bar.warp.sync 0xffffffff;",
+        "=r,r",
+        [tid],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -269,12 +269,12 @@ def _rows_arguments(prepared: Prepared) -> dict[str, Any]:
 
 def _weight_arguments(spec: KernelSpec, mark: str, weight: Weight, y: Tensor) -> dict[str, Any]:
     """Return the arguments of a launch that are about one weight."""
+    described = spec.family in (Family.BATCH_WGMMA, Family.RESIDENT_MMA)
+    slices = rows_of_words(weight.slices, spec.k) if described else aligned(weight.slices)
     if spec.family is Family.BATCH_WGMMA:
-        slices = rows_of_words(weight.slices, spec.k)
         assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
         rows = {f"row{mark}_units": weight.rows // spec.row_unit}
     else:
-        slices = aligned(weight.slices)
         rows = {f"n{mark}_rows": weight.rows}
     return rows | {
         f"slices{mark}_ptr": slices,

@@ -22,7 +22,7 @@ from tests.kernel_cases import spec_id
 
 ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 WIDE_LOAD = re.compile(r"\bLDG\.\S*128")
-BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+BRANCH = re.compile(r"^@.*\bBRA\b.*?(0x[0-9a-f]+)")  # without a predicate: back from where code was put aside
 DEFAULTS = (SliceSpec(), SliceSpec(layout=Layout.BIT_MAJOR), SliceSpec(group=64))
 
 
@@ -53,18 +53,20 @@ def shipped(weight: SliceSpec, tokens: int, cc: int, activation: Activation = Ac
     )
 
 
-def loops(sass: str) -> Iterator[list[str]]:
-    """Yield the instructions of each loop that has no other in it."""
+def loops(sass: str, holding: str = "") -> Iterator[list[str]]:
+    """Yield the instructions of each loop that has one called `holding`, and in it no other loop that has one."""
     found = [match.groups() for line in sass.splitlines() if (match := ADDRESS.match(line))]
     places = [int(address, 16) for address, _ in found]
-    spans = []
+    spans = {}
     for place, (_, instruction) in zip(places, found, strict=True):
         target = BRANCH.search(instruction)
         if target and int(target[1], 16) < place:
-            spans.append((int(target[1], 16), place))
-    for start, stop in spans:
+            span = (int(target[1], 16), place)
+            spans[span] = [text for at, (_, text) in zip(places, found, strict=True) if span[0] <= at <= span[1]]
+    spans = {span: body for span, body in spans.items() if any(holding in text for text in body)}
+    for (start, stop), body in spans.items():
         if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans):
-            yield [text for place, (_, text) in zip(places, found, strict=True) if start <= place <= stop]
+            yield body
 
 
 def spills(instructions: list[str]) -> tuple[int, int]:
@@ -106,14 +108,26 @@ def resident(k: int, **options: Any) -> KernelSpec:
 def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump: str) -> None:
     """Lanes read their share of words and activations from shared memory, and wait for nothing that they load."""
     spec = resident(k, **options)
-    bodies = [loop for loop in loops(disassembled(spec, 90, cuobjdump, "-sass")) if any("IMMA" in i for i in loop)]
+    sass = disassembled(spec, 90, cuobjdump, "-sass")
+    bodies = list(loops(sass, "IMMA"))
     assert len(bodies) >= 7, "a body for every count, and one more where tokens differ"
     for body in bodies:
         assert any("LDS.128" in i for i in body), "activations are there"
-        assert not any("SHFL" in i or "LDG." in i for i in body)
-        assert sum(spills(body)) <= 0.02 * len(body), f"{spills(body)} of {len(body)} instructions"
+        assert not any(re.search(r"SHFL|\bLDG\.", i) for i in body)
+        assert sum(spills(body)) == 0, f"{spills(body)} of {len(body)} instructions"
+    # What is read once a tile comes from far away: the L1 cache has little room, and words go through it.
+    assert sum(spills(sass.splitlines())) <= 12
     usage = disassembled(spec, 90, cuobjdump, "-res-usage")
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_descriptors_are_the_first_parameters(parts: int) -> None:
+    """Copies find a descriptor by the number of its parameter: each is one of 128 bytes, two sizes and two strides."""
+    ptx = kernels.compile_for(resident(4096, parts=parts), 90).asm["ptx"]
+    wanted = [str(5 * number) for number in range(parts)]
+    assert re.findall(r"\.param \.align 64 \.b8 resident_mma_param_(\d+)\[128\]", ptx) == wanted
+    assert {*re.findall(r"mov\.b64 a, resident_mma_param_(\d+);", ptx)} == {*wanted}
 
 
 @pytest.mark.parametrize(("k", "activation"), [(3000, "a16"), (4096, "a8"), (8192, "a16")])
@@ -149,7 +163,7 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
 def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:
     """A group at a time where a tile has more than two steps, else both groups of a step one after the other."""
     for k, groups in ((4096, 2), (8192, 1)):
-        bodies = loops(disassembled(resident(k), 90, cuobjdump, "-sass"))
+        bodies = loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "IMMA")
         products = {sum("IMMA" in i for i in body) for body in bodies}
         assert {8 * groups * slices for slices in (1, 2, 3, 4)} <= products
         assert not any(16 * groups * 4 <= count for count in products)

@@ -11,7 +11,7 @@ from mobiquant_compiler import kernels
 from mobiquant_compiler.codegen import configs
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
-from mobiquant_compiler.codegen.resident_layout import MARK, MOST_BYTES, SUMS, TEAMS, ResidentLayout
+from mobiquant_compiler.codegen.resident_layout import BARRIERS, MARK, MOST_BYTES, SUMS, TEAMS, ResidentLayout
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.launches import Launch, binaries_of, kernels_of
@@ -119,20 +119,27 @@ def test_more_than_a_block_of_tokens_is_no_launch() -> None:
 @pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4)])
 def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, halves: int) -> None:
     layout = ResidentLayout(groups, size, halves)
+    assert layout.facts_bytes == groups * size + 16
+    facts = layout.acts_bytes + TEAMS * 2 * 32 * layout.facts_bytes
+    assert facts <= layout.teams_at < facts + 512
+    assert layout.acts_bytes % 128 == layout.facts_bytes % 16 == 0
     for slices in (1, 2, 3, 4):
-        (depth, sides), (sums, facts, end) = layout.choice(slices), layout.places(slices)
-        assert sums == 8 * depth * slices * 1024
-        assert facts == sums + sides * SUMS
-        assert end == facts + 2 * 32 * (groups * size + 16)
-        assert sums % 16 == facts % 16 == layout.facts_bytes % 16 == layout.acts_bytes % 128 == end % 128 == 0
-        total = layout.total_bytes(slices)
-        assert layout.acts_bytes + TEAMS * end + MARK <= total <= MOST_BYTES
+        (depth, sides), end = layout.choice(slices), layout.team_bytes(slices)
+        assert layout.sums_at(slices) == 8 * depth * slices * 1024
+        assert end == layout.sums_at(slices) + sides * SUMS
+        # The copy engine changes the order of what it copies by the address, the same again after 512 bytes.
+        assert layout.teams_at % 512 == layout.sums_at(slices) % 512 == end % 512 == 0
+        barriers = layout.barriers_at(slices)
+        assert layout.teams_at + TEAMS * end <= barriers
+        assert layout.steps * 8 <= 128, "barriers of activations end where those of warps begin"
+        assert BARRIERS == 128 + 16 * 2 * 8
+        assert layout.total_bytes(slices) == barriers + BARRIERS + MARK <= MOST_BYTES
         assert layout.fits(slices)
 
 
 def test_a_ring_has_two_steps_where_that_was_faster() -> None:
     assert [ResidentLayout(64, 2, 2).choice(count) for count in (1, 2, 3, 4)] == [(2, 2), (2, 1), (1, 2), (1, 1)]
-    assert [ResidentLayout(32, 2, 2).choice(count)[0] for count in (1, 2, 3, 4)] == [1] * 4
+    assert [ResidentLayout(32, 2, 2).choice(count) for count in (1, 2, 3, 4)] == [(2, 2), (2, 2), (1, 2), (1, 2)]
 
 
 def test_the_estimate_is_from_above_whatever_scales_are() -> None:

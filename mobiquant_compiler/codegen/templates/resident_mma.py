@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, parts, resident_tiles, rings, shared_memory
+from mobiquant_compiler.codegen import copy_engine, device, parts, resident_tiles, rings, shared_memory
 
 
 @gluon.jit
@@ -28,11 +28,70 @@ def of_each(p0, p1, p2, p3, PARTS: gl.constexpr):
     return found
 
 
+@gluon.jit
+def multiply_by_body(
+    acts,
+    weights,
+    given,
+    places,
+    body,
+    BODY: gl.constexpr,
+    WIDTHS: gl.constexpr,
+    GROUP: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    K_PADDED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Run body number `body`, of those from BODY down.
+
+    Tokens that all use c slices have number 2 c - 1, others with up to c slices 2 c - 2. Each stands in the other
+    branch of the one before, so that nothing is to be told apart behind a body: what tells them apart would be kept in
+    local memory, whose first read comes from far away. Numbers are compared by order, since by equality they become a
+    table of branches in constant memory.
+    """
+    if body >= BODY:
+        resident_tiles.multiply_tiles(
+            acts,
+            weights,
+            given,
+            places[0],
+            places[1],
+            BODY // 2 + 1,
+            BODY % 2 == 1,
+            WIDTHS,
+            GROUP,
+            LAYOUT,
+            K_PADDED,
+            ACTIVATION,
+            HAS_BIAS,
+        )
+    elif BODY > 1:
+        multiply_by_body(
+            acts=acts,
+            weights=weights,
+            given=given,
+            places=places,
+            body=body,
+            BODY=BODY - 1,
+            WIDTHS=WIDTHS,
+            GROUP=GROUP,
+            LAYOUT=LAYOUT,
+            K_PADDED=K_PADDED,
+            ACTIVATION=ACTIVATION,
+            HAS_BIAS=HAS_BIAS,
+        )
+
+
 @gluon.jit(
     do_not_specialize=("counts_ptr", "bias_ptr", "bias1_ptr", "bias2_ptr", "bias3_ptr", "tokens")
     + ("n_rows", "n1_rows", "n2_rows", "n3_rows")
 )
 def resident_mma(
+    slices_desc,
+    slices1_desc,
+    slices2_desc,
+    slices3_desc,
     high_ptr,
     low_ptr,
     affine_ptr,
@@ -80,7 +139,8 @@ def resident_mma(
     A program goes from tile to tile of 16 rows with two teams of eight warps, which share the activations; it reads
     slices up to the largest count. Counts are read on the device.
 
-    Shapes: as `sliced_mma`; Grid: (1, any number of programs).
+    Shapes: as `sliced_mma`, and descriptors of slices int32 [NUM_SLICES N_i, K_PADDED / 16], whose places among the
+        kernel's parameters `copy_engine.descriptor` knows; Grid: (1, any number of programs).
     Numerics: the bits of `sliced_mma`.
     """
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
@@ -99,41 +159,47 @@ def resident_mma(
     bias_ptrs = y_ptrs
     if HAS_BIAS:
         bias_ptrs = of_each(p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
+    descs = of_each(p0=slices_desc, p1=slices1_desc, p2=slices2_desc, p3=slices3_desc, PARTS=PARTS)
     tid = gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
     gdc_launch_dependents()
+    for number in gl.static_range(len(descs)):
+        copy_engine.fetch_descriptor(copy_engine.descriptor(tid, rings.KERNEL, number))
     if PREFETCH > 0:
         part, own = parts.which_part(2 * gl.program_id(1), rows, BLOCK_N)
         first, rows_here = parts.of_part(part, slices_ptrs), parts.of_part(part, rows)
         device.prefetch_base(
             first, own * BLOCK_N, tid, rows_here, WIDTHS, LAYOUT, K_PADDED, 2 * BLOCK_N, PREFETCH, False
         )
-    gdc_wait()
+    GROUPS: gl.constexpr = K_PADDED // GROUP
     SIZE: gl.constexpr = scale_ptr.dtype.element_ty.primitive_bitwidth // 8
     HALVES: gl.constexpr = 2 if ACTIVATION == "a16" else 1
-    BYTES: gl.constexpr = rings.laid_out("total_bytes", K_PADDED // GROUP, SIZE, HALVES, NUM_SLICES)
+    BYTES: gl.constexpr = rings.laid_out("total_bytes", GROUPS, SIZE, HALVES, NUM_SLICES)
     memory = gl.allocate_shared_memory(gl.int32, [BYTES // 128, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Triton sees this being written, and reserves it all until it is let go.
     mark = gl.arange(0, 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     memory.index(BYTES // 128 - 1).store(mark)
     base = shared_memory.reserved()
+    ready = base + rings.laid_out("barriers_at", GROUPS, SIZE, HALVES, NUM_SLICES)
+    resident_tiles.begin_barriers(ready, tid, GROUPS)
+    gdc_wait()
+    acts, weights = (high_ptr, low_ptr, affine_ptr), (scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows)
+    resident_tiles.copy_activations(base, ready, acts, tid, 0, 1, GROUPS, HALVES)
+    facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
+    rings.ask_facts(facts, gl.program_id(1) * 0, weights, tid, GROUPS, HALVES)
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, NUM_SLICES=NUM_SLICES, NUM_WARPS=NUM_WARPS)
-    for count in gl.static_range(1, NUM_SLICES + 1):
-        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
-        for alike in gl.static_range(1 if count == 1 else 0, 2):
-            if (most == count) & ((count == 1) | ((least == most) == (alike == 1))):
-                resident_tiles.multiply_tiles(
-                    (high_ptr, low_ptr, affine_ptr),
-                    (slices_ptrs, scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows),
-                    (counts_ptr, tid, most, tokens),
-                    base,
-                    count,
-                    alike == 1,
-                    WIDTHS,
-                    GROUP,
-                    LAYOUT,
-                    K_PADDED,
-                    ACTIVATION,
-                    HAS_BIAS,
-                )
+    multiply_by_body(
+        acts=acts,
+        weights=weights,
+        given=(counts_ptr, tid, most, tokens),
+        places=(base, ready),
+        body=2 * most - 2 + (least == most).to(gl.int32),
+        BODY=2 * NUM_SLICES - 1,
+        WIDTHS=WIDTHS,
+        GROUP=GROUP,
+        LAYOUT=LAYOUT,
+        K_PADDED=K_PADDED,
+        ACTIVATION=ACTIVATION,
+        HAS_BIAS=HAS_BIAS,
+    )
     memory._keep_alive()
