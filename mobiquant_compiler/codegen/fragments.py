@@ -78,6 +78,12 @@ def hold_loads(lane):
 
 
 @triton.jit
+def end_program(uniform):
+    """End the program here: all its threads come to this, and none has anything left to do."""
+    tl.inline_asm_elementwise("mov.b32 $0, $1; exit;", "=r,r", [uniform], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
 

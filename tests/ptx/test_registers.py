@@ -160,6 +160,18 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
         assert slices > 2 or not any("LDG" in i for i in body[len(before) :]), "nothing is left to wait for"
 
 
+def test_bodies_of_short_chains_are_told_apart_in_registers(cuobjdump: str) -> None:
+    """Local memory that nothing wrote comes from far away; only four slices of unlike tokens have too much to hold."""
+    spec = multiply_spec(SliceSpec(), 4096, TokenClass.FEW, Target.of(90), n=4096)
+    sass = disassembled(spec, 90, cuobjdump, "-sass")
+    ends = re.split(r"\bEXIT\b", "\n".join(match[2] for line in sass.splitlines() if (match := ADDRESS.match(line))))
+    bodies = [part.splitlines() for part in ends if "IMMA" in part]
+    assert len(bodies) == 7, "each ends the program"
+    for body in bodies:
+        stored, loaded = spills(body)
+        assert loaded == 0 or (stored and sum("IMMA" in i for i in body) == 64)
+
+
 def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:
     """A group at a time where a tile has more than two steps, else both groups of a step one after the other."""
     for k, groups in ((4096, 2), (8192, 1)):

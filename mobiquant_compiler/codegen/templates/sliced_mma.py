@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, parts, tiles
+from mobiquant_compiler.codegen import device, fragments, parts, tiles
 
 
 @triton.jit
@@ -60,6 +60,9 @@ def multiply_by_count(
     ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
+    # ptxas keeps what tells bodies apart in local memory, whose first read comes from far away, unless nothing stands
+    # behind a body. Where chains are longer its loops then have more loads from there than that is worth.
+    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and K_PADDED <= 32 * GROUP and not EMULATE
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
@@ -88,6 +91,8 @@ def multiply_by_count(
                     HAS_BIAS,
                     EMULATE,
                 )
+                if LAST:
+                    fragments.end_program(most)
 
 
 # Arguments of which no value changes an instruction here are left out of what Triton makes variants of.
