@@ -78,7 +78,7 @@ def descriptor_type(parameter: str, spec: KernelSpec, dtype: str) -> str:
 
 @lru_cache(maxsize=32)
 def _layout(box: Box) -> Any:
-    """Return how a box lies in shared memory, as products of warpgroups read it."""
+    """Return how a box lies in shared memory, as products of warpgroups, or lanes, read it."""
     from triton.experimental.gluon import language as gl
 
     return gl.NVMMASharedLayout(box.swizzle, box.bits, len(box.shape))

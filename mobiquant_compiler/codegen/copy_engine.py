@@ -103,7 +103,7 @@ def wait_for(barrier, parity):
 
 @triton.jit
 def give_back(tid):
-    """Have all that a warp's lanes read be read before the copy engine writes over it; it orders behind no load."""
+    """Have all that a warp's lanes read be read before the copy engine, which waits for no load, writes over it."""
     tl.inline_asm_elementwise(
         "mov.b32 $0, $1; fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;",
         "=r,r",

@@ -26,8 +26,7 @@ def serves(
     """Say whether resident_mma is there for a call, and faster than a program for each tile of rows; pure.
 
     Measured on an H100: it is where there are more tiles than teams, two for each multiprocessor. Shared memory must
-    hold the activations of eight tokens; scales are copied 16 bytes at a time, those of the next tile while this one
-    still has a step.
+    hold the activations of eight tokens; scales are copied 16 bytes at a time; a ring may hold two steps of a tile.
     """
     if target.cc != _ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != _GROUP:
         return False

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 TEAMS = 2
 MOST_BYTES = 227 << 10  # of a program, on sm_90
 SUMS = 8 * 128 * 4  # bytes of the sums that eight warps exchange of a tile: 16 rows by eight tokens each
-BARRIERS = 8 * (16 + 2 * 8 * TEAMS)  # bytes of barriers: one a step of activations, then two for each warp
+RINGS_AT = 8 * 16  # bytes of the barriers of activations, one a step; those of rings follow
+BARRIERS = RINGS_AT + 8 * 2 * 8 * TEAMS  # bytes of all: two for each warp's ring
 MARK = 128  # bytes behind it all, the only ones that Triton sees written: they have it reserve the rest
 _UNIT = 512  # bytes after which the copy engine's order of a box repeats
 _CHOICES = ((2, 2), (2, 1), (1, 2), (1, 1))  # steps in a ring and tiles' sums, best first
@@ -58,7 +59,7 @@ class ResidentLayout:
     def choice(self, count: int) -> tuple[int, int]:
         """Return how many steps a ring holds where `count` slices are used, and for how many tiles' sums there is room.
 
-        Measured on an H100: a second step pays with up to two slices; with more, 64 KB are under way without it.
+        Measured on an H100: a second step pays with up to two slices; with more, 48 KB and more are under way without.
 
         Raises:
             ValueError: nothing fits.

@@ -1,8 +1,9 @@
 """Two to eight tokens, which stay in shared memory, times tile after tile of 16 rows, whose words come ahead.
 
 A program has the whole of a multiprocessor: two teams of eight warps, a chain a warp (`chains`), that share the
-activations of all columns, and each go from tile to tile. Warps of a team wait for one another once a tile, when the
-sums of chains are added. Words come by rings (`rings`), and take no registers before they are multiplied.
+activations of all columns, and each go from tile to tile. Warps of a team wait for one another at the end of a
+tile, when the sums of chains are added. Words come by rings (`rings`), and take no registers before they are
+multiplied.
 
 Names are those of `rings`; base is the address of a program's shared memory (`resident_layout`), ready that of its
 barriers: of activations, one a step, then two for each warp's ring.
@@ -12,12 +13,13 @@ import triton
 import triton.language as tl
 
 from mobiquant_compiler.codegen import chains, copy_engine, parts, products, rings, shared_memory, steps, tiles
+from mobiquant_compiler.codegen.resident_layout import RINGS_AT
 from mobiquant_compiler.codegen.resident_layout import SUMS as SUMS_BYTES
 
 TEAM = rings.TEAM
 ALL = tl.constexpr(3)  # the barrier where both teams meet; their own are 1 and 2
 SUMS = tl.constexpr(SUMS_BYTES)
-RINGS = tl.constexpr(128)  # bytes of the barriers of activations
+RINGS = tl.constexpr(RINGS_AT)
 
 
 @triton.constexpr_function

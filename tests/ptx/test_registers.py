@@ -115,8 +115,11 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
         assert any("LDS.128" in i for i in body), "activations are there"
         assert not any(re.search(r"SHFL|\bLDG\.", i) for i in body)
         assert sum(spills(body)) == 0, f"{spills(body)} of {len(body)} instructions"
-    # What is read once a tile comes from far away: the L1 cache has little room, and words go through it.
-    assert sum(spills(sass.splitlines())) <= 12
+    steps = [loop for loop in loops(sass, "TRYWAIT") if len(loop) > 50]  # not those that only wait
+    assert len(steps) >= 7
+    assert all(not any(re.search(r"\b(LDL|LDG|SHFL)\b", i) for i in step) for step in steps)
+    # What is read once a tile comes from far away: the L1 cache is small beside so much shared memory.
+    assert sum(spills(sass.splitlines())) <= 32
     usage = disassembled(spec, 90, cuobjdump, "-res-usage")
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
 

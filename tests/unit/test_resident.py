@@ -11,7 +11,7 @@ from mobiquant_compiler import kernels
 from mobiquant_compiler.codegen import configs
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
-from mobiquant_compiler.codegen.resident_layout import BARRIERS, MARK, MOST_BYTES, SUMS, TEAMS, ResidentLayout
+from mobiquant_compiler.codegen.resident_layout import BARRIERS, MARK, MOST_BYTES, RINGS_AT, SUMS, TEAMS, ResidentLayout
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.launches import Launch, binaries_of, kernels_of
@@ -131,8 +131,8 @@ def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, hal
         assert layout.teams_at % 512 == layout.sums_at(slices) % 512 == end % 512 == 0
         barriers = layout.barriers_at(slices)
         assert layout.teams_at + TEAMS * end <= barriers
-        assert layout.steps * 8 <= 128, "barriers of activations end where those of warps begin"
-        assert BARRIERS == 128 + 16 * 2 * 8
+        assert layout.steps * 8 <= RINGS_AT, "barriers of activations end where those of warps begin"
+        assert BARRIERS == RINGS_AT + 16 * 2 * 8
         assert layout.total_bytes(slices) == barriers + BARRIERS + MARK <= MOST_BYTES
         assert layout.fits(slices)
 

@@ -140,7 +140,8 @@ def resident_mma(
     slices up to the largest count. Counts are read on the device.
 
     Shapes: as `sliced_mma`, and descriptors of slices int32 [NUM_SLICES N_i, K_PADDED / 16], whose places among the
-        kernel's parameters `copy_engine.descriptor` knows; Grid: (1, any number of programs).
+        kernel's parameters `copy_engine.descriptor` knows; Grid: (1, at most one program a tile): without a tile a
+        program would end while its activations are under way.
     Numerics: the bits of `sliced_mma`.
     """
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
@@ -149,7 +150,7 @@ def resident_mma(
     gl.static_assert(PARTS >= 1 and PARTS <= 4, "one launch serves 1 to 4 weights")
     gl.static_assert(BLOCK_M == 8 and BLOCK_N == 16, "a tile has eight tokens and 16 rows")
     gl.static_assert(NUM_WARPS == 16, "each of eight warps of two teams has a chain")
-    gl.static_assert(K_PADDED > 16 * GROUP, "a tile has two steps: scales of the next come before its last")
+    gl.static_assert(K_PADDED > 16 * GROUP, "a tile has two steps, as many as a ring may hold")
     gl.static_assert(K_PADDED % (2 * GROUP) == 0, "groups come in pairs")
     rows = of_each(p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
     slices_ptrs = of_each(p0=slices_ptr, p1=slices1_ptr, p2=slices2_ptr, p3=slices3_ptr, PARTS=PARTS)
@@ -159,6 +160,7 @@ def resident_mma(
     bias_ptrs = y_ptrs
     if HAS_BIAS:
         bias_ptrs = of_each(p0=bias_ptr, p1=bias1_ptr, p2=bias2_ptr, p3=bias3_ptr, PARTS=PARTS)
+    # Read by place only (`copy_engine.descriptor`); named here, they stay parameters.
     descs = of_each(p0=slices_desc, p1=slices1_desc, p2=slices2_desc, p3=slices3_desc, PARTS=PARTS)
     tid = gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
