@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,12 +63,33 @@ def box_of(parameter: str, spec: KernelSpec) -> Box:
     }[re.sub(r"\d", "", parameter)]
 
 
-def describe(tensor: Tensor, parameter: str, spec: KernelSpec) -> Any:
-    """Return the descriptor of a contiguous tensor of as many dimensions as a box; past its end boxes hold zeros."""
+@dataclass(frozen=True, slots=True)
+class Description:
+    """How a parameter's descriptors are made; each launch makes some, so what they share is looked up once.
+
+    Attributes:
+        source: The argument of a launch that is described.
+        shape: Of a box.
+        layout: Of a box in shared memory.
+        make: Returns a descriptor of a tensor, given these.
+    """
+
+    source: str
+    shape: list[int]
+    layout: Any
+    make: Callable[[Tensor, list[int], Any], Any]
+
+    def of(self, tensor: Tensor) -> Any:
+        """Return the descriptor of a contiguous tensor of a box's dimensions; past its end boxes hold zeros."""
+        return self.make(tensor, self.shape, self.layout)
+
+
+def description(parameter: str, spec: KernelSpec) -> Description:
+    """Return how descriptors of a parameter are made."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     box = box_of(parameter, spec)
-    return TensorDescriptor.from_tensor(tensor, list(box.shape), _layout(box))
+    return Description(source_of(parameter), list(box.shape), _layout(box), TensorDescriptor.from_tensor)
 
 
 def descriptor_type(parameter: str, spec: KernelSpec, dtype: str) -> str:

@@ -46,6 +46,7 @@ class Kernel:
         function: The jitted function of that file.
         parameters: Names of its parameters.
         options: Compile options of the launch.
+        descriptions: How parameters that take descriptors get them, by name.
     """
 
     spec: KernelSpec
@@ -53,16 +54,16 @@ class Kernel:
     function: Any
     parameters: tuple[str, ...]
     options: dict[str, Any]
+    descriptions: dict[str, boxes.Description]
 
     def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
         """Enqueue the kernel; arguments of parameters that specialisation dropped are left out.
 
-        Parameters that take descriptors get those of the tensors that `boxes.source_of` names.
+        Parameters that take descriptors get those of the tensors that their `descriptions` name.
         """
+        found = self.descriptions
         given = {
-            name: boxes.describe(arguments[boxes.source_of(name)], name, self.spec)
-            if boxes.is_described(name)
-            else arguments[name]
+            name: found[name].of(arguments[found[name].source]) if name in found else arguments[name]
             for name in self.parameters
         }
         self.function[grid](**given, **self.options)
@@ -143,7 +144,9 @@ def load(spec: KernelSpec) -> Kernel:
         if spec not in _LOADED:
             path = emit(spec)
             function = getattr(_import(path), str(spec.family))
-            _LOADED[spec] = Kernel(spec, path, function, tuple(function.arg_names), options(spec))
+            names = tuple(function.arg_names)
+            described = {name: boxes.description(name, spec) for name in names if boxes.is_described(name)}
+            _LOADED[spec] = Kernel(spec, path, function, names, options(spec), described)
         return _LOADED[spec]
 
 
