@@ -87,19 +87,37 @@ def test_fewer_slices(widths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
-    for k in (
-        FULL_CHAINS,
-        UNEVEN_CHAINS,
-        7168,
-    ):  # scales of 32 bits of 7168: more copies than threads
+    for k in (FULL_CHAINS, UNEVEN_CHAINS, 7168):  # scales of 32 bits of 7168: more copies than threads
         case = random_case(SPEC, 6, 200, k, dtype=torch.float16, scale_dtype=dtype, device=WHERE)
         compare(SPEC, k, quantized(case), [weight_of(case)])
 
 
+def test_scales_of_32_bits_leave_room_for_shorter_rings() -> None:
+    spec = SliceSpec((2, 2, 2), 128)
+    case = random_case(spec, 8, 300, 8192, scale_dtype=torch.float32, device=WHERE)
+    prepared = quantized(case)
+    for counts in (case.counts, torch.full_like(case.counts, 2)):
+        compare(spec, 8192, wiring.with_counts(prepared, counts), [weight_of(case)])
+
+
+def test_words_that_begin_anywhere_are_copied() -> None:
+    """Descriptors want 16 bytes: words that are a view from the second on are moved."""
+    case = random_case(SPEC, 8, 200, FULL_CHAINS, device=WHERE)
+    words = torch.empty(case.slices.numel() + 1, dtype=torch.int32, device=WHERE)
+    words[1:] = case.slices.flatten()
+    view = words[1:].view(case.slices.shape)
+    assert view.data_ptr() % 16 != 0
+    prepared = quantized(case)
+    wanted = compare(SPEC, FULL_CHAINS, prepared, [weight_of(case)])
+    found = compare(SPEC, FULL_CHAINS, prepared, [replace(weight_of(case), slices=view)])
+    assert torch.equal(found[0], wanted[0])
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_siblings_of_any_rows(parts: int) -> None:
-    cases = [random_case(SPEC, 8, rows, FULL_CHAINS, device=WHERE, seed=rows) for rows in (40, 333, 16, 1000)[:parts]]
-    compare(SPEC, FULL_CHAINS, quantized(cases[0]), [weight_of(case) for case in cases])
+    for k in (FULL_CHAINS, UNEVEN_CHAINS, 8192):
+        cases = [random_case(SPEC, 8, rows, k, device=WHERE, seed=rows) for rows in (40, 333, 16, 1000)[:parts]]
+        compare(SPEC, k, quantized(cases[0]), [weight_of(case) for case in cases])
 
 
 @pytest.mark.parametrize("k", [FULL_CHAINS, 8192])
