@@ -77,20 +77,24 @@ def existing(group, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def as_floats(words):
+    """Return words as the float32 that they are, a tuple of both."""
+    floats = ()
+    for index in tl.static_range(len(words)):
+        floats = floats + (words[index].to(tl.float32, bitcast=True),)
+    return floats
+
+
+@triton.jit
 def load_facts(affine_ptr, at, t, EMULATE: tl.constexpr):
     """Load step and shift of tokens 2 t and 2 t + 1 of block `at` of the groups' blocks; four float32 [THREADS]."""
-    facts = fragments.read_words(affine_ptr + (at * 8 + 2 * t) * 2, 4, EMULATE)
-    floats = ()
-    for index in tl.static_range(4):
-        floats = floats + (facts[index].to(tl.float32, bitcast=True),)
-    return floats
+    return as_floats(fragments.read_words(affine_ptr + (at * 8 + 2 * t) * 2, 4, EMULATE))
 
 
 @triton.jit
 def load_fact(affine_ptr, group, EMULATE: tl.constexpr):
     """Load step and shift of a group of the only token; two float32 [THREADS], the same in every lane."""
-    facts = fragments.read_words(affine_ptr + group * 16, 2, EMULATE)
-    return facts[0].to(tl.float32, bitcast=True), facts[1].to(tl.float32, bitcast=True)
+    return as_floats(fragments.read_words(affine_ptr + group * 16, 2, EMULATE))
 
 
 @triton.jit

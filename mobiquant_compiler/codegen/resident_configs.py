@@ -10,7 +10,7 @@ _ON = 90  # compute capability where it was measured; others may have less share
 _GROUP = 128
 _MOST_COLUMNS = 8192  # that were measured
 _WARPS, _REGISTERS = 16, 128  # all registers of a multiprocessor
-_ROWS = 16  # of a tile
+_TOKENS, _ROWS = 8, 16  # of a tile
 
 
 def serves(
@@ -78,7 +78,7 @@ def multiply_spec(
     spec = KernelSpec(
         Family.RESIDENT_MMA,
         *(weight.widths, weight.group, weight.layout, weight.padded(k)),
-        block_m=TokenClass.SOME.sample - 1,
+        block_m=_TOKENS,
         block_n=_ROWS,
         num_warps=_WARPS,
         overlap=True,

@@ -63,11 +63,8 @@ def read_group(base, group, lane, GROUPS: tl.constexpr, HALVES: tl.constexpr):
     low = high
     if HALVES == 2:
         low = shared_memory.read_four(at + GROUPS * 1024) + shared_memory.read_four(at + (GROUPS * 1024 + 512))
-    found = shared_memory.read_four(base + HALVES * (GROUPS * 1024) + group * 64 + lane % 4 * 16)
-    facts = ()
-    for index in tl.static_range(4):
-        facts = facts + (found[index].to(tl.float32, bitcast=True),)
-    return high, low, facts
+    facts = shared_memory.read_four(base + HALVES * (GROUPS * 1024) + group * 64 + lane % 4 * 16)
+    return high, low, products.as_floats(facts)
 
 
 @triton.jit

@@ -79,6 +79,15 @@ def ask_facts(facts, turn, weights, tid, GROUPS: tl.constexpr, HALVES: tl.conste
 
 
 @triton.jit
+def descriptors(tid, PARTS: tl.constexpr):
+    """Return the addresses of the descriptors of the words of each weight, a tuple."""
+    found = ()
+    for number in tl.static_range(PARTS):
+        found = found + (copy_engine.descriptor(tid, KERNEL, number),)
+    return found
+
+
+@triton.jit
 def ask(slot, full, turn, step, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr):
     """Ask for the words of a step of a turn's tile, of COUNT slices, a lane a slice; behind the last nothing comes.
 
@@ -87,9 +96,7 @@ def ask(slot, full, turn, step, weights, tid, COUNT: tl.constexpr, GROUPS: tl.co
     """
     tile = tile_of(turn, tid, weights[4])
     part, own = parts.which_part(tile, weights[4], 16)
-    where = copy_engine.descriptor(tid, KERNEL, 0)
-    for index in tl.static_range(1, len(weights[4])):
-        where = tl.where(part == index, copy_engine.descriptor(tid, KERNEL, index), where)
+    where = parts.of_part(part, descriptors(tid, len(weights[4])))
     lane, chain = tid % 32, tid % TEAM // 32
     here = tile < parts.blocks_of(weights[4], 16)
     if GROUPS % 16 != 0:
