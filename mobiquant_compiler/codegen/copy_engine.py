@@ -42,10 +42,22 @@ def fetch_descriptor(where):
 def begin_barrier(barrier, mine):
     """Begin a barrier whose phases end when one thread has arrived, and with it all bytes that it announced."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p mbarrier.init.shared::cta.b64 [$1], 1;"
-        " fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; }",
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p mbarrier.init.shared::cta.b64 [$1], 1; }",
         "=&r,r,r",
         [barrier, mine.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def barriers_are_begun(tid):
+    """Have barriers that were begun seen by the copy engine."""
+    tl.inline_asm_elementwise(
+        "mov.b32 $0, $1; fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;",
+        "=r,r",
+        [tid],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

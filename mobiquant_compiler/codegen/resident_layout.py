@@ -45,8 +45,9 @@ class ResidentLayout:
 
     @property
     def facts_bytes(self) -> int:
-        """How many bytes a row's scales take: 16 more than there are, against bank conflicts."""
-        return self.groups * self.size + 16
+        """How many bytes a row's scales take: an odd number of 16, so that rows begin in different banks."""
+        own = self.groups * self.size
+        return own if own // 16 % 2 else own + 16
 
     @property
     def teams_at(self) -> int:

@@ -35,6 +35,7 @@ def begin_barriers(ready, tid, GROUPS: tl.constexpr):
         copy_engine.begin_barrier(ready + step * 8, tid == 0)
     for slot in tl.static_range(2):
         copy_engine.begin_barrier(ready + RINGS + tid // 32 * 16 + slot * 8, tid % 32 == 0)
+    copy_engine.barriers_are_begun(tid)
     shared_memory.meet(tid * 0 + ALL, 2 * TEAM)
 
 

@@ -74,7 +74,7 @@ def test_others_have_a_program_for_each_tile(options: dict) -> None:
     ("size", "activation", "columns"),
     [
         (2, "a16", {*range(3072, 8193, 1024)}),
-        (4, "a16", {*range(2560, 7169, 512)}),
+        (4, "a16", {*range(2560, 7681, 512)}),
         (4, "a8", {*range(2560, 8193, 512)}),
         (8, "a16", set()),
     ],
@@ -119,10 +119,11 @@ def test_more_than_a_block_of_tokens_is_no_launch() -> None:
 @pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4)])
 def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, halves: int) -> None:
     layout = ResidentLayout(groups, size, halves)
-    assert layout.facts_bytes == groups * size + 16
+    assert groups * size <= layout.facts_bytes <= groups * size + 16
+    assert layout.facts_bytes % 32 == 16, "rows of scales begin in different banks"
     facts = layout.acts_bytes + TEAMS * 2 * 32 * layout.facts_bytes
     assert facts <= layout.teams_at < facts + 512
-    assert layout.acts_bytes % 128 == layout.facts_bytes % 16 == 0
+    assert layout.acts_bytes % 128 == 0
     for slices in (1, 2, 3, 4):
         (depth, sides), end = layout.choice(slices), layout.team_bytes(slices)
         assert layout.sums_at(slices) == 8 * depth * slices * 1024

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import copy_engine, device, parts, resident_tiles, rings, shared_memory
+from mobiquant_compiler.codegen import copy_engine, device, fragments, parts, resident_tiles, rings, shared_memory
 
 
 @gluon.jit
@@ -29,58 +29,48 @@ def of_each(p0, p1, p2, p3, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def multiply_by_body(
+def multiply_by_count(
     acts,
     weights,
     given,
     places,
-    body,
-    BODY: gl.constexpr,
+    least,
     WIDTHS: gl.constexpr,
+    NUM_SLICES: gl.constexpr,
     GROUP: gl.constexpr,
     LAYOUT: gl.constexpr,
     K_PADDED: gl.constexpr,
     ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Run body number `body`, of those from BODY down.
+    """Take the body for the largest count of the tokens, and end the program.
 
-    Tokens that all use c slices have number 2 c - 1, others with up to c slices 2 c - 2. Each stands in the other
-    branch of the one before, so that nothing is to be told apart behind a body: what tells them apart would be kept in
-    local memory, whose first read comes from far away. Numbers are compared by order, since by equality they become a
-    table of branches in constant memory.
+    Nothing stands behind a body: what tells bodies apart would be kept in local memory, whose first read comes from far
+    away (`sliced_mma`).
+
+    given: as `resident_tiles.multiply_tiles` has it; places: addresses of shared memory and of barriers.
     """
-    if body >= BODY:
-        resident_tiles.multiply_tiles(
-            acts,
-            weights,
-            given,
-            places[0],
-            places[1],
-            BODY // 2 + 1,
-            BODY % 2 == 1,
-            WIDTHS,
-            GROUP,
-            LAYOUT,
-            K_PADDED,
-            ACTIVATION,
-            HAS_BIAS,
-        )
-    elif BODY > 1:
-        multiply_by_body(
-            acts=acts,
-            weights=weights,
-            given=given,
-            places=places,
-            body=body,
-            BODY=BODY - 1,
-            WIDTHS=WIDTHS,
-            GROUP=GROUP,
-            LAYOUT=LAYOUT,
-            K_PADDED=K_PADDED,
-            ACTIVATION=ACTIVATION,
-            HAS_BIAS=HAS_BIAS,
-        )
+    most = given[2]
+    for count in gl.static_range(1, NUM_SLICES + 1):
+        # Tokens of one count get a body that multiplies once and tells nothing apart.
+        for alike in gl.static_range(1 if count == 1 else 0, 2):
+            if (most == count) & ((count == 1) | ((least == most) == (alike == 1))):
+                resident_tiles.multiply_tiles(
+                    acts,
+                    weights,
+                    given,
+                    places[0],
+                    places[1],
+                    count,
+                    alike == 1,
+                    WIDTHS,
+                    GROUP,
+                    LAYOUT,
+                    K_PADDED,
+                    ACTIVATION,
+                    HAS_BIAS,
+                )
+                fragments.end_program(most)
 
 
 @gluon.jit(
@@ -190,14 +180,14 @@ def resident_mma(
     facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
     rings.ask_facts(facts, gl.program_id(1) * 0, weights, tid, GROUPS, HALVES)
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, NUM_SLICES=NUM_SLICES, NUM_WARPS=NUM_WARPS)
-    multiply_by_body(
+    multiply_by_count(
         acts=acts,
         weights=weights,
         given=(counts_ptr, tid, most, tokens),
         places=(base, ready),
-        body=2 * most - 2 + (least == most).to(gl.int32),
-        BODY=2 * NUM_SLICES - 1,
+        least=least,
         WIDTHS=WIDTHS,
+        NUM_SLICES=NUM_SLICES,
         GROUP=GROUP,
         LAYOUT=LAYOUT,
         K_PADDED=K_PADDED,
