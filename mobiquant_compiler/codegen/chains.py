@@ -11,7 +11,7 @@ Names are those of `products`; tuples hold sums as `steps` has them.
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import device, fragments, products, steps
+from mobiquant_compiler.codegen import device, fragments, products, slice_steps, steps
 
 
 @triton.constexpr_function
@@ -126,7 +126,8 @@ def add_step(
 
 
 @triton.jit
-def chain_sums(
+def grouped_chain(
+    sums,
     operands,
     chain,
     COUNT: tl.constexpr,
@@ -140,14 +141,10 @@ def chain_sums(
     ACTIVATION: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Sum one chain of pairs of groups, in order.
-
-    Returns two float32 [THREADS] for ONE token, else four for each block of tokens and, in it, each tile of 16 rows.
-    """
+    """Add one chain of pairs of groups, in order, to the sums; of a pair one group after the other."""
     STEPS: tl.constexpr = (K_PADDED // GROUP + 15) // 16
     TILES: tl.constexpr = len(operands[2][1])
     BLOCKS: tl.constexpr = len(operands[2][2][0])
-    sums = zeros_for(operands[2][0], 2 if ONE else 4 * TILES * BLOCKS)
     BITS: tl.constexpr = device.bits_before(WIDTHS, COUNT)
     AHEAD: tl.constexpr = loads_ahead(TILES, BLOCKS, ONE, ALIKE, BITS, STEPS)
     if AHEAD:
@@ -168,6 +165,41 @@ def chain_sums(
         pair = (STEPS - 1) * 8 + chain
         sums = add_step(
             sums, operands, chunks, pair, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+        )
+    return sums
+
+
+@triton.jit
+def chain_sums(
+    operands,
+    chain,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Sum one chain of pairs of groups, in order.
+
+    Returns two float32 [THREADS] for ONE token, else four for each block of tokens and, in it, each tile of 16 rows.
+    """
+    TILES: tl.constexpr = len(operands[2][1])
+    BLOCKS: tl.constexpr = len(operands[2][2][0])
+    sums = zeros_for(operands[2][0], 2 if ONE else 4 * TILES * BLOCKS)
+    # Unlike tokens of which one uses COUNT slices; words of more slices than are used are not to be asked for.
+    UNLIKE: tl.constexpr = WHOLE and not ONE and not ALIKE
+    if UNLIKE and TILES * BLOCKS == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
+        sums = slice_steps.mixed_chain(
+            sums, operands, chain, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+        )
+    else:
+        sums = grouped_chain(
+            sums, operands, chain, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
     return sums
 

@@ -70,11 +70,11 @@ def read_words(ptr, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def hold_loads(lane):
-    """Keep loads where they are written: before what follows. ptxas moves none across a meeting of a warp's lanes."""
-    tl.inline_asm_elementwise(
-        "mov.b32 $0, $1; bar.warp.sync 0xffffffff;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
-    )
+def thread_again(tid, EMULATE: tl.constexpr):
+    """Return the numbers of a program's threads, read anew: what is computed from them takes no register before."""
+    if not EMULATE:
+        tid = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r,r", [tid], tl.int32, False, 1)
+    return tid
 
 
 @triton.jit

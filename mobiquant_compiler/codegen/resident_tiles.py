@@ -12,7 +12,17 @@ barriers: of activations, one a step, then two for each warp's ring.
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import chains, copy_engine, parts, products, rings, shared_memory, steps, tiles
+from mobiquant_compiler.codegen import (
+    chains,
+    copy_engine,
+    fragments,
+    parts,
+    products,
+    rings,
+    shared_memory,
+    steps,
+    tiles,
+)
 from mobiquant_compiler.codegen.resident_layout import RINGS_AT
 from mobiquant_compiler.codegen.resident_layout import SUMS as SUMS_BYTES
 
@@ -300,7 +310,7 @@ def multiply_tiles(
                 ACTIVATION,
             )
         shared_memory.wait_for_copies(tid)
-        again = shared_memory.thread_again(tid)
+        again = fragments.thread_again(tid, False)
         room = base + SUMS_FROM + again // TEAM * TEAM_BYTES + turn % SIDES * SUMS
         total = add_chains(sums, room, again, SIDES)
         store_tile(total, tile, weights, tokens, again, HAS_BIAS)

@@ -23,12 +23,6 @@ def reserved():
 
 
 @triton.jit
-def thread_again(tid):
-    """Return the numbers of a program's threads, read anew: what is computed from them takes no register before."""
-    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r,r", [tid], tl.int32, False, 1)
-
-
-@triton.jit
 def copy(to, ptr, mask):
     """Begin to copy 16 bytes a thread to shared memory where the mask is true."""
     tl.inline_asm_elementwise(

@@ -18,8 +18,9 @@ _HERE = Path(__file__).parent
 # Modules of jitted functions that templates call.
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
-    *("scaling", "products", "steps", "chains", "tiles", "parts", "batch_operands", "batch_copies", "batches"),
-    *("sorted_tiles", "resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
+    *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "parts"),
+    *("batch_operands", "batch_copies", "batches", "sorted_tiles"),
+    *("resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)

@@ -6,7 +6,7 @@ Names are those of `products`. Tuples hold four sums for each block of tokens an
 import triton
 import triton.language as tl
 
-from mobiquant_compiler.codegen import device, fragments, products, scaling
+from mobiquant_compiler.codegen import device, products, scaling
 
 
 @triton.jit
@@ -75,6 +75,18 @@ def add_block(sums, dots, grids, facts):
     b2 = scaling.add_group(sums[2], dots[2], grids[1], facts[0], facts[1])
     b3 = scaling.add_group(sums[3], dots[3], grids[3], facts[2], facts[3])
     return b0, b1, b2, b3
+
+
+@triton.jit
+def mixed_grids(grids, shrinks, WHICH: tl.constexpr):
+    """Return what `add_block` wants of rows' grids of one group of a pair, where two tokens have their own steps."""
+    own = ()
+    for side in tl.static_range(2):
+        grow = scaling.power_of_minus(shrinks[side])
+        for half in tl.static_range(2):
+            grid = grids[half]
+            own = own + (scaling.grid_at(grid[WHICH], grid[2 + WHICH], shrinks[side], grow),)
+    return own
 
 
 @triton.jit
@@ -242,13 +254,7 @@ def mixed_group(
         else:
             facts = products.load_facts(acts[2], ats[block], lane % 4, EMULATE)
         for tile in tl.static_range(TILES):
-            own = ()
-            for side in tl.static_range(2):
-                shrink = shrinks[2 * block + side]
-                grow = scaling.power_of_minus(shrink)
-                for half in tl.static_range(2):
-                    grid = grids[tile][half]
-                    own = own + (scaling.grid_at(grid[WHICH], grid[2 + WHICH], shrink, grow),)
+            own = mixed_grids(grids[tile], shrinks[2 * block : 2 * block + 2], WHICH)
             before = four_of(sums, block * TILES + tile)
             added = added + add_block(before, four_of(dots, block * TILES + tile), own, facts)
     return added
@@ -313,7 +319,6 @@ def load_early(
     lane,
     blocks,
     COUNT: tl.constexpr,
-    ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -325,17 +330,10 @@ def load_early(
     """
     GROUPS: tl.constexpr = K_PADDED // GROUP
     first = products.existing(2 * pair, GROUPS) * blocks[1] + blocks[0][0]
+    loaded = ((products.load_all(acts, first, lane, GROUP, ACTIVATION, False),), ())
     if device.bits_before(WIDTHS, COUNT) <= 4:
         second = products.existing(2 * pair + 1, GROUPS) * blocks[1] + blocks[0][0]
-        loaded = (
-            (products.load_all(acts, first, lane, GROUP, ACTIVATION, False),),
-            (products.load_all(acts, second, lane, GROUP, ACTIVATION, False),),
-        )
-    else:
-        loaded = ((products.load_all(acts, first, lane, GROUP, ACTIVATION, False),), ())
-    if COUNT == 2 and not ALIKE:
-        # Where several bodies of a kernel have such a fence, ptxas moves exchanges of lanes before it.
-        fragments.hold_loads(lane)
+        loaded = (loaded[0], (products.load_all(acts, second, lane, GROUP, ACTIVATION, False),))
     return loaded
 
 
@@ -365,8 +363,8 @@ def many_tokens_step(
     many there are in all.
     """
     loaded = ((), ())
-    if WHOLE and len(blocks[0]) == 1 and len(chunks) == 1 and not EMULATE:
-        loaded = load_early(acts, pair, lane, blocks, COUNT, ALIKE, WIDTHS, GROUP, K_PADDED, ACTIVATION)
+    if ALIKE and len(blocks[0]) == 1 and len(chunks) == 1 and not EMULATE:
+        loaded = load_early(acts, pair, lane, blocks, COUNT, WIDTHS, GROUP, K_PADDED, ACTIVATION)
     words = ()
     grids = ()
     for tile in tl.static_range(len(chunks)):
