@@ -1,4 +1,7 @@
-"""Jitted functions shared by the kernel templates. The only Triton code that knows a packed layout is here."""
+"""Jitted functions shared by the kernel templates. What packed layouts are only this knows, and how they are read.
+
+Two modules read them in ways of their own: `slice_steps` at places that slices share, `rings` by boxes.
+"""
 
 import triton
 import triton.language as tl

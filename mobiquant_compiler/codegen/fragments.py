@@ -79,7 +79,7 @@ def thread_again(tid, EMULATE: tl.constexpr):
 
 @triton.jit
 def end_program(uniform):
-    """End the program here: all its threads come to this, and none has anything left to do."""
+    """End the program for threads that come to this: they have nothing left, and the compiler knows it."""
     tl.inline_asm_elementwise("mov.b32 $0, $1; exit;", "=r,r", [uniform], dtype=tl.int32, is_pure=False, pack=1)
 
 

@@ -1,7 +1,7 @@
 """A chain of eight tokens of different slice counts: both groups of a pair are multiplied slice by slice.
 
 Activations are loaded once a pair, and products begin while words of later slices are under way. Registers are short:
-where a lane reads is computed anew for every pair, else addresses of all slices would stay in a third of them.
+where a lane reads is computed anew for every pair, else addresses of all slices would stay in a fifth of them.
 
 Names are those of `steps`. Every slice is read in runs that lanes share (`device.all_shared`).
 """
@@ -62,13 +62,17 @@ def load_rows(
     K_PADDED: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Load a pair of groups of rows g and g + 8: by row, words of each slice; by row, (scale, scale, zero, zero)."""
+    """Load a pair of groups of rows g and g + 8: by row, words of each slice; by row, (scale, scale, zero, zero).
+
+    tid: thread numbers as those of the tile, read again.
+    """
     _, weight, tile = operands
     n_rows = tile[5]
     CUT: tl.constexpr = K_PADDED // GROUP % 16 != 0
     words = ()
     grids = ()
     for half in tl.static_range(2):
+        # The difference is zero, which the compiler does not know: rows are computed from what was read again.
         row = tl.minimum(tile[1][0] + (tid - tile[0]) + half * 8, n_rows - 1)
         slices = ()
         for index in tl.static_range(COUNT):

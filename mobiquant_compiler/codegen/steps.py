@@ -363,7 +363,7 @@ def many_tokens_step(
     many there are in all.
     """
     loaded = ((), ())
-    if ALIKE and len(blocks[0]) == 1 and len(chunks) == 1 and not EMULATE:
+    if WHOLE and len(blocks[0]) == 1 and len(chunks) == 1 and not EMULATE:
         loaded = load_early(acts, pair, lane, blocks, COUNT, WIDTHS, GROUP, K_PADDED, ACTIVATION)
     words = ()
     grids = ()

@@ -92,6 +92,14 @@ def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
         compare(SPEC, k, quantized(case), [weight_of(case)])
 
 
+def test_scales_of_32_bits_of_the_most_columns_that_fit() -> None:
+    """Rings of two steps, the last of which not all chains have, with room for the sums of one tile."""
+    case = random_case(SPEC, 8, 300, 7680, scale_dtype=torch.float32, device=WHERE)
+    prepared = quantized(case)
+    for counts in (case.counts, *(torch.full_like(case.counts, count) for count in (1, 2, 4))):
+        compare(SPEC, 7680, wiring.with_counts(prepared, counts), [weight_of(case)])
+
+
 def test_scales_of_32_bits_leave_room_for_shorter_rings() -> None:
     spec = SliceSpec((2, 2, 2), 128)
     case = random_case(spec, 8, 300, 8192, scale_dtype=torch.float32, device=WHERE)

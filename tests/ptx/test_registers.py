@@ -124,6 +124,22 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
 
 
+def test_copies_begin_behind_the_barriers_that_they_name() -> None:
+    """The copy engine sees barriers behind one fence; all threads meet behind it, then wait for the kernel before."""
+    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
+    steps = re.findall(r"mbarrier\.init|fence\.mbarrier_init|bar\.sync \S+, 512|griddepcontrol\.wait", ptx)
+    begun = steps.index("fence.mbarrier_init")
+    assert set(steps[:begun]) == {"mbarrier.init"}
+    assert (steps[begun + 1][:8], steps[begun + 2]) == ("bar.sync", "griddepcontrol.wait")
+    assert not {"mbarrier.init", "fence.mbarrier_init"} & {*steps[begun + 1 :]}
+
+
+def test_each_body_of_resident_mma_ends_the_program() -> None:
+    """In its loop where no tile is left, and behind it: then ptxas knows that nothing follows."""
+    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
+    assert len(re.findall(r"\bexit;", ptx)) == 2 * 7
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_descriptors_are_the_first_parameters(parts: int) -> None:
     """Copies find a descriptor by the number of its parameter: each is one of 128 bytes, two sizes and two strides."""
@@ -161,6 +177,18 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
         assert wide >= 2 * slices + 8, f"{slices} slices: words of two rows, halves of two groups' activations"
         after = [text for text in body[len(before) :] if "LDG" in text]
         assert len(after) <= 2, "steps and shifts of both groups, which are asked for last"
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_alike_tokens_ask_for_activations_as_early(k: int, cuobjdump: str) -> None:
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
+    found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
+    bodies = [body for body in found if sum("IMMA" in i for i in body) == 16]
+    assert len(bodies) == 4, "a body for every count of all tokens"
+    for slices, body in enumerate(bodies, 1):
+        before = body[: next(place for place, text in enumerate(body) if "SHFL" in text)]
+        groups = 2 if slices <= 2 else 1
+        assert sum("LDG.E.128 " in i for i in before) >= 5 * groups, f"{slices} slices: halves, steps and shifts"
 
 
 def test_bodies_of_short_chains_are_told_apart_in_registers(cuobjdump: str) -> None:

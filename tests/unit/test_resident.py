@@ -116,7 +116,7 @@ def test_more_than_a_block_of_tokens_is_no_launch() -> None:
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4)])
+@pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4), (60, 4)])
 def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, halves: int) -> None:
     layout = ResidentLayout(groups, size, halves)
     assert groups * size <= layout.facts_bytes <= groups * size + 16

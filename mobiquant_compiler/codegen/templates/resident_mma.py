@@ -43,10 +43,11 @@ def multiply_by_count(
     ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Take the body for the largest count of the tokens, and end the program.
+    """Take the body for the largest count of the tokens.
 
-    Nothing stands behind a body: what tells bodies apart would be kept in local memory, whose first read comes from far
-    away (`sliced_mma`).
+    Most threads end in it, where no tile is left (`shared_memory.leave`); the others right behind it. Nothing stands
+    behind a body: what tells bodies apart would be kept in local memory, whose first read comes from far away
+    (`sliced_mma`).
 
     given: as `resident_tiles.multiply_tiles` has it; places: addresses of shared memory and of barriers.
     """
