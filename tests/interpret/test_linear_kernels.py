@@ -166,9 +166,11 @@ def test_no_integer_overflows_at_the_largest_codes_and_activations(spec: SliceSp
     case = integer_case(spec, tokens, 1, 128)
     case.slices.fill_(-1)
     case.counts.fill_(spec.num_slices)
-    for value in (1.99, -1.99, 1.0):
-        case.x.fill_(value)
-        torch.testing.assert_close(run(case).double(), case.expected(), rtol=1e-4, atol=0.0)
+    for last in (spec.num_slices, 1):  # tokens that are unlike append slice after slice
+        case.counts[-1] = last
+        for value in (1.99, -1.99, 1.0):
+            case.x.fill_(value)
+            torch.testing.assert_close(run(case).double(), case.expected(), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (), (1, 1), (2, 3)], ids=str)

@@ -163,10 +163,10 @@ def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
     assert measure(spec, 90).shared_bytes == wanted <= shared_bytes(spec)
 
 
-@pytest.mark.parametrize("k", [4096, 14336])
-def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str) -> None:
+@pytest.mark.parametrize(("k", "layout"), [(4096, "slice_major"), (4096, "bit_major"), (14336, "slice_major")])
+def test_activations_are_loaded_while_words_are_under_way(k: int, layout: str, cuobjdump: str) -> None:
     """A warp of eight unlike tokens waits for both at once: loads stand before the first exchange of words."""
-    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
+    spec = multiply_spec(SliceSpec(layout=Layout(layout)), k, TokenClass.FEW, Target.of(90), n=4096)
     assert spec.family is Family.SLICED_MMA
     found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
     bodies = [body for body in found if any("SHFL" in i for i in body)]
@@ -174,7 +174,8 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, cuobjdump: str
         (body,) = (body for body in bodies if sum("IMMA" in i for i in body) == 16 * slices)
         before = body[: next(place for place, text in enumerate(body) if "SHFL" in text)]
         wide = sum(WIDE_LOAD.search(i) is not None for i in before)
-        assert wide >= 2 * slices + 8, f"{slices} slices: words of two rows, halves of two groups' activations"
+        words = 2 * slices if layout == "slice_major" else 0  # of planes loads are narrower
+        assert wide >= words + 8, f"{slices} slices: words of two rows, halves of two groups' activations"
         after = [text for text in body[len(before) :] if "LDG" in text]
         assert len(after) <= 2, "steps and shifts of both groups, which are asked for last"
 
