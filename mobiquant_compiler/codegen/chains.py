@@ -47,7 +47,7 @@ def loads_ahead(tiles, blocks, one, alike, bits, steps):
     and for four bits of unlike ones.
     """
     if one:
-        return steps > 1 and bits <= 4
+        return steps > 1
     if tiles > 1:
         return steps > 1 if alike else steps > 2 and bits <= 4
     return steps > 2 and alike and bits <= 4 and blocks == 1
@@ -70,9 +70,18 @@ def load_chunks(
     tid, rows, _, _, most, n_rows = tile
     chunks = ()
     for at in tl.static_range(len(rows)):
-        chunk = products.load_chunk(
-            weight, rows[at], pair, tid % 4, most, n_rows, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE
-        )
+        if WHOLE and len(rows) == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
+            again = fragments.thread_again(tid, EMULATE) & (tid.shape[0] - 1)
+            both, grids = slice_steps.load_rows(operands, pair, again, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
+            words = ()
+            for half in tl.static_range(2):
+                for index in tl.static_range(COUNT):
+                    words = words + both[half][index]
+            chunk = (words, grids)
+        else:
+            chunk = products.load_chunk(
+                weight, rows[at], pair, tid % 4, most, n_rows, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE
+            )
         chunks = chunks + (chunk,)
     return chunks
 
@@ -99,6 +108,7 @@ def add_step(
     tid, _, blocks, shrinks, most, _ = tile
     lane = tid % 32
     if ONE:
+        lane = fragments.thread_again(tid, EMULATE) & 31
         sums = steps.one_token_step(
             sums, acts, chunks[0], pair, lane, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
