@@ -63,7 +63,7 @@ def multiply_by_count(
     # ptxas keeps what tells bodies apart in local memory, whose first read comes from far away, unless nothing stands
     # behind a body. Where chains are longer its loops then had more loads from there than that was worth (measured
     # when unlike tokens went group by group).
-    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and K_PADDED <= 32 * GROUP and not EMULATE
+    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and not EMULATE
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
