@@ -136,8 +136,8 @@ def _pivot(cells: Mapping[tuple[str, float | None], Mapping[str, str]], methods:
 
 def _with_origin(lines: Sequence[str], result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    head, *changes = result["commit"].partition("+")
-    where = f"{result['device']}; {versions}; commit {head[:10]}{''.join(changes)}, {result['date']}"
+    head, plus, changes = result["commit"].partition("+")
+    where = f"{result['device']}; {versions}; commit {head[:10]}{plus}{changes}, {result['date']}"
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n<sub>{where}</sub>\n"
 
 

@@ -223,3 +223,46 @@ def block_products(
     else:
         dots = products(upper_codes, lower_codes, high, low, ACTIVATION, EMULATE)
     return dots
+
+
+@triton.jit
+def without_spare(dots, SPARE: tl.constexpr):
+    """Return dot products of codes where those of codes times ``2**SPARE`` are given; nothing is rounded."""
+    if SPARE > 0:
+        dots = (dots[0] >> SPARE, dots[1] >> SPARE, dots[2] >> SPARE, dots[3] >> SPARE)
+    return dots
+
+
+@triton.jit
+def append_slice(dots, more, shrinks, INDEX: tl.constexpr, WIDTHS: tl.constexpr):
+    """Append slice INDEX to a block's dot products, those of tokens that use it: codes of slices are one integer."""
+    WIDTH: tl.constexpr = WIDTHS[INDEX]
+    # Steps say how many slices are used, and take no further register.
+    LEAST: tl.constexpr = scaling.shrink_at(WIDTHS, INDEX + 1)
+    even, odd = shrinks[0] <= LEAST, shrinks[1] <= LEAST
+    d0 = tl.where(even, (dots[0] << WIDTH) + more[0], dots[0])
+    d1 = tl.where(odd, (dots[1] << WIDTH) + more[1], dots[1])
+    d2 = tl.where(even, (dots[2] << WIDTH) + more[2], dots[2])
+    d3 = tl.where(odd, (dots[3] << WIDTH) + more[3], dots[3])
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def append_products(
+    dots,
+    codes,
+    high,
+    low,
+    shrinks,
+    INDEX: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Multiply a block by codes of slice INDEX of rows g and g + 8, and append it to the products of slices before."""
+    more = block_products(codes[0], codes[1], high, low, True, ACTIVATION, EMULATE)
+    more = without_spare(more, device.spare_bits(device.width_of(WIDTHS, INDEX), LAYOUT, 1))
+    if INDEX > 0:
+        more = append_slice(dots, more, shrinks, INDEX, WIDTHS)
+    return more

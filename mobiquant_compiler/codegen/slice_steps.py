@@ -67,13 +67,13 @@ def load_rows(
     tid: thread numbers as those of the tile, read again.
     """
     _, weight, tile = operands
-    n_rows = tile[5]
+    known, rows, _, _, _, n_rows = tile
     CUT: tl.constexpr = K_PADDED // GROUP % 16 != 0
     words = ()
     grids = ()
     for half in tl.static_range(2):
         # The difference is zero, which the compiler does not know: rows are computed from what was read again.
-        row = tl.minimum(tile[1][0] + (tid - tile[0]) + half * 8, n_rows - 1)
+        row = tl.minimum(rows[0] + (tid - known) + half * 8, n_rows - 1)
         slices = ()
         for index in tl.static_range(COUNT):
             own = load_slice(weight[0], row, pair, tid % 4, n_rows, index, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
@@ -107,11 +107,10 @@ def multiply_slice(
         high, low = loaded[which]
         upper = device.combined_codes(split, t, 0, which, 1, GROUP, OWN, LAYOUT, EMULATE)
         lower = device.combined_codes(split, t, UNITS, which, 1, GROUP, OWN, LAYOUT, EMULATE)
-        more = products.block_products(upper, lower, high, low, True, ACTIVATION, EMULATE)
-        more = steps.without_spare(more, device.spare_bits(OWN, LAYOUT, 1))
-        if INDEX > 0:
-            more = steps.append_slice(dots[which], more, shrinks, INDEX, WIDTHS)
-        both = both + (more,)
+        own = products.append_products(
+            dots[which], (upper, lower), high, low, shrinks, INDEX, WIDTHS, LAYOUT, ACTIVATION, EMULATE
+        )
+        both = both + (own,)
     return both
 
 
@@ -130,9 +129,9 @@ def add_pair(
 ):
     """Add a pair of groups of the block of tokens to its four sums."""
     acts, _, tile = operands
-    _, _, blocks, shrinks, _, _ = tile
+    known, _, blocks, shrinks, _, _ = tile
     # The same numbers, of which the compiler knows only that they are not negative: it divides them by shifts.
-    tid = fragments.thread_again(tile[0], EMULATE) & (tile[0].shape[0] - 1)
+    tid = fragments.thread_again(known, EMULATE) & (known.shape[0] - 1)
     words, grids = load_rows(operands, pair, tid, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
     ats = ()
     loaded = ()

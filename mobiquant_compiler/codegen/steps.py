@@ -10,14 +10,6 @@ from mobiquant_compiler.codegen import device, products, scaling
 
 
 @triton.jit
-def without_spare(dots, SPARE: tl.constexpr):
-    """Return dot products of codes where those of codes times ``2**SPARE`` are given; nothing is rounded."""
-    if SPARE > 0:
-        dots = (dots[0] >> SPARE, dots[1] >> SPARE, dots[2] >> SPARE, dots[3] >> SPARE)
-    return dots
-
-
-@triton.jit
 def one_token_step(
     sums,
     acts,
@@ -47,7 +39,7 @@ def one_token_step(
     upper = device.combined_codes(words, t, 0, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
     lower = device.combined_codes(words, t, UNITS, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
     dots = products.token_products(upper, lower, tokens, ACTIVATION, EMULATE)
-    dots = without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
+    dots = products.without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
     sides = ()
     for half in tl.static_range(2):
         a = sums[half]
@@ -134,24 +126,10 @@ def alike_group(
             dots = products.block_products(
                 codes[2 * tile], codes[2 * tile + 1], high, low, IN_TURN, ACTIVATION, EMULATE
             )
-            dots = without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
+            dots = products.without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
             own = four_of(sums, block * TILES + tile)
             added = added + add_block(own, dots, (first, second, first, second), facts)
     return added
-
-
-@triton.jit
-def append_slice(dots, more, shrinks, INDEX: tl.constexpr, WIDTHS: tl.constexpr):
-    """Append slice INDEX to a block's dot products, those of tokens that use it: codes of slices are one integer."""
-    WIDTH: tl.constexpr = WIDTHS[INDEX]
-    # Steps say how many slices are used, and take no further register.
-    LEAST: tl.constexpr = scaling.shrink_at(WIDTHS, INDEX + 1)
-    even, odd = shrinks[0] <= LEAST, shrinks[1] <= LEAST
-    d0 = tl.where(even, (dots[0] << WIDTH) + more[0], dots[0])
-    d1 = tl.where(odd, (dots[1] << WIDTH) + more[1], dots[1])
-    d2 = tl.where(even, (dots[2] << WIDTH) + more[2], dots[2])
-    d3 = tl.where(odd, (dots[3] << WIDTH) + more[3], dots[3])
-    return d0, d1, d2, d3
 
 
 @triton.jit
@@ -189,13 +167,14 @@ def slice_products(
         else:
             high, low = products.load_block(acts, ats[block], lane, GROUP, ACTIVATION, EMULATE)
         for tile in tl.static_range(TILES):
-            more = products.block_products(codes[2 * tile], codes[2 * tile + 1], high, low, True, ACTIVATION, EMULATE)
-            more = without_spare(more, device.spare_bits(OWN, LAYOUT, 1))
-            if INDEX == 0:
-                appended = appended + more
-            else:
+            before = ()
+            if INDEX > 0:
                 before = four_of(dots, block * TILES + tile)
-                appended = appended + append_slice(before, more, shrinks[2 * block : 2 * block + 2], INDEX, WIDTHS)
+            both = codes[2 * tile : 2 * tile + 2]
+            own = shrinks[2 * block : 2 * block + 2]
+            appended = appended + products.append_products(
+                before, both, high, low, own, INDEX, WIDTHS, LAYOUT, ACTIVATION, EMULATE
+            )
     return appended
 
 
