@@ -22,13 +22,10 @@ def weights_of(codes: Tensor, scale: Tensor, zero: Tensor, count: int, dtype: to
 
     Shapes: codes of `count` slices, any; scale and zero, of the base slice, broadcast to them.
     """
-    power, middle = 4.0 ** (count - 1), 136 if count == 4 else 2 ** (2 * count - 1)
+    power, middle = 4.0 ** (count - 1), 2 ** (2 * count - 1)
     size = to_dtype(scale.double(), dtype)
     centre = (zero.double() * power + (power - 1) / 2).float()
     shift = to_dtype(((middle - centre) * (scale.float() / power)).double(), dtype)
-    if count == 4 and dtype is torch.bfloat16:
-        low = to_dtype((codes % 16 - 8).double() / power * size + shift, dtype)
-        return to_dtype((codes // 16 - 8).double() * 16 / power * size + low, dtype)
     return to_dtype((codes.double() - middle) / power * size + shift, dtype)
 
 

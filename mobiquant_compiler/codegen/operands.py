@@ -62,12 +62,18 @@ def in_halves(count, dtype):
 
 
 @gluon.constexpr_function
-def middle_of(count):
-    """Return the integer that is subtracted from a code, exactly, before it is scaled: about half of what codes span.
+def shrink_of(count, dtype):
+    """Return by what power of two codes are shrunk before they are scaled, so that the scale of the base is the factor.
 
-    Of four slices it is 8 of either half of the code, which is 136.
+    Codes in halves are joined as they are: their factor is shrunk.
     """
-    return 136 if count == 4 else 1 << (2 * count - 1)
+    return 1 if in_halves(count, dtype) else power_of(count)
+
+
+@gluon.constexpr_function
+def middle_of(count):
+    """Return the integer that is subtracted from a code, exactly, before it is scaled: half of what codes span."""
+    return 1 << (2 * count - 1)
 
 
 @gluon.constexpr_function
@@ -186,13 +192,26 @@ def fma_pairs(pair, size, shift, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def raised_pair(codes, exponent, PAIR: gl.constexpr):
+    """Return ``base_of + code`` of bytes 2 PAIR and 2 PAIR + 1 of each word, exactly, two numbers an int32."""
+    BYTES: gl.constexpr = "prmt.b32 $0, $1, $2, 0x4140;" if PAIR == 0 else "prmt.b32 $0, $1, $2, 0x4342;"
+    return gl.inline_asm_elementwise(BYTES, "=r,r,r", [codes, exponent], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def pair_of(codes, exponent, PAIR: gl.constexpr, MIDDLE: gl.constexpr, SHRINK: gl.constexpr, DTYPE: gl.constexpr):
     """Return ``(code - MIDDLE) SHRINK`` of bytes 2 PAIR and 2 PAIR + 1 of each word, exactly, two numbers an int32."""
-    BYTES: gl.constexpr = "prmt.b32 $0, $1, $2, 0x4140;" if PAIR == 0 else "prmt.b32 $0, $1, $2, 0x4342;"
-    raised = gl.inline_asm_elementwise(BYTES, "=r,r,r", [codes, exponent], dtype=gl.int32, is_pure=True, pack=1)
     factor = gl.full_like(codes, packed_pair(SHRINK, DTYPE))
     shift = gl.full_like(codes, packed_pair(-(base_of(DTYPE) + MIDDLE) * SHRINK, DTYPE))
-    return fma_pairs(raised, factor, shift, DTYPE)
+    return fma_pairs(raised_pair(codes, exponent, PAIR), factor, shift, DTYPE)
+
+
+@gluon.jit
+def joined_pair(fields, exponent, PAIR: gl.constexpr, DTYPE: gl.constexpr):
+    """Return ``code - 128`` of codes in halves: ``16 (high - 16) + (128 + low)``, exact in bfloat16."""
+    high = pair_of(fields[0], exponent, PAIR, 16, 1.0, DTYPE)
+    factor = gl.full_like(fields[0], packed_pair(16.0, DTYPE))
+    return fma_pairs(high, factor, raised_pair(fields[1], exponent, PAIR), DTYPE)
 
 
 @gluon.jit
@@ -210,13 +229,11 @@ def scaled(pair, size, shift, DTYPE: gl.constexpr):
 @gluon.jit
 def weights_of(fields, exponent, grid, PAIR: gl.constexpr, COUNT: gl.constexpr, DTYPE: gl.constexpr):
     """Return the weights of bytes 2 PAIR and 2 PAIR + 1 of each word, DTYPE [R, 4, 2]."""
-    SHRINK: gl.constexpr = 1.0 / power_of(COUNT)
     size, shift = grid
     if in_halves(COUNT, DTYPE):
-        shift = fma_pairs(pair_of(fields[1], exponent, PAIR, 8, SHRINK, DTYPE), size, shift, DTYPE)
-        pair = pair_of(fields[0], exponent, PAIR, 8, 16 * SHRINK, DTYPE)
+        pair = joined_pair(fields, exponent, PAIR, DTYPE)
     else:
-        pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), SHRINK, DTYPE)
+        pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), 1.0 / shrink_of(COUNT, DTYPE), DTYPE)
     return scaled(pair, size, shift, DTYPE)
 
 
@@ -229,14 +246,15 @@ def in_pairs(value, DTYPE: gl.constexpr):
 
 @gluon.jit
 def grid_of(scale, zero, COUNT: gl.constexpr, DTYPE: gl.constexpr):
-    """Return what `operand` takes of a group: scale, and what is added to ``(code - middle_of) scale``, in pairs.
+    """Return what `operand` takes of a group: the factor of a code, and what is added to it, in pairs.
 
     Numerics: both are rounded to DTYPE. The second is small, since zero points lie about the middle of the codes.
     """
     POWER: gl.constexpr = power_of(COUNT)
     size = scale.to(gl.float32)
     centre = gl.fma(zero.to(gl.float32), 1.0 * POWER, 0.5 * POWER - 0.5)
-    return in_pairs(size, DTYPE), in_pairs((middle_of(COUNT) - centre) * (size * (1.0 / POWER)), DTYPE)
+    step = size * (1.0 / POWER)
+    return in_pairs(step * shrink_of(COUNT, DTYPE), DTYPE), in_pairs((middle_of(COUNT) - centre) * step, DTYPE)
 
 
 @gluon.jit

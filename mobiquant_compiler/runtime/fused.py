@@ -3,9 +3,9 @@
 Everything here can be captured into a CUDA graph: sizes follow from shapes, what depends on data is read by kernels.
 
 Numerics: weights are a code less its middle, times the scale, plus an offset, in the dtype of the activations: scale,
-offset and weight are rounded, of four slices in bfloat16 in two steps (in float16 what is below 6e-5 loses bits). Sums
-are float32; bias is added before they are rounded. The order of a sum depends on nothing but the number of columns, so
-a token's result depends neither on the tokens beside it nor on the tile that it is in.
+offset and weight are rounded once each (in float16 what is below 6e-5 loses bits). Sums are float32; bias is added
+before they are rounded. The order of a sum depends on nothing but the number of columns, so a token's result depends
+neither on the tokens beside it nor on the tile that it is in.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def sliced_wgmma(
         ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as there are;
         at_once, programs that run at a time. Grid: (tiles ceil(n_rows / BLOCK_N),).
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
-        scale and second term are rounded (`operands.grid_of`), their sum once more, of four slices in bfloat16 a half
-        of the code at a time; sums are float32, and rounded once with the bias.
+        scale and second term are rounded (`operands.grid_of`), their sum once more; sums are float32, and rounded once
+        with the bias.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
