@@ -176,19 +176,34 @@ def gather_kernel(spec: SliceSpec, k: int, target: Target) -> Kernel:
 
 @cache
 def fused_kernel(
-    spec: SliceSpec, k: int, target: Target, *, small: bool, row_unit: int = 1, has_bias: bool = False
+    spec: SliceSpec,
+    k: int,
+    target: Target,
+    *,
+    small: bool,
+    split: bool,
+    row_unit: int = 1,
+    has_bias: bool = False,
 ) -> Kernel:
     """Return the kernel that multiplies gathered tokens by weights made in registers."""
     from mobiquant_compiler.codegen import cache, configs
 
-    return cache.load(configs.wgmma_spec(spec, k, target, small=small, row_unit=row_unit, has_bias=has_bias))
+    facts = {"small": small, "split": split, "row_unit": row_unit, "has_bias": has_bias}
+    return cache.load(configs.wgmma_spec(spec, k, target, **facts))
 
 
-def fused_is_small(tokens: int, n: int, groups: int) -> bool:
+def fused_is_small(tokens: int, n: int, k: int, groups: int) -> bool:
     """Say whether a call takes the fused kernel with small tiles; its tokens may have `groups` different counts."""
     from mobiquant_compiler.codegen import configs
 
-    return configs.wgmma_is_small(tokens, n, groups)
+    return configs.wgmma_is_small(tokens, n, k, groups)
+
+
+def fused_is_split(n: int, k: int) -> bool:
+    """Say whether calls of weights of `n` rows take a fused kernel whose last wave is split along `k` columns."""
+    from mobiquant_compiler.codegen import configs
+
+    return configs.wgmma_is_split(n, k)
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mobiquant_compiler.errors import NotElastic
-from mobiquant_compiler.kernels import router_spec
+from mobiquant_compiler.kernels import fused_is_split, router_spec
 from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.weights import BOUND
@@ -39,6 +40,8 @@ class Launch:
         activation: Fixed-point width of activations.
         hidden: Hidden units of the trained router that chooses slice counts, 0 of a data-free one.
         row_unit: 8 where the output rows of every linear are a multiple of it, 1 where not, None where nobody knows.
+        split: Whether fused kernels split programs of their last wave: of every linear or of none; None where some do,
+            or nobody knows.
     """
 
     spec: SliceSpec
@@ -52,6 +55,15 @@ class Launch:
     activation: Activation = Activation.A16
     hidden: int = 0
     row_unit: int | None = None
+    split: bool | None = None
+
+    @property
+    def splits(self) -> tuple[bool, ...]:
+        """Whether its fused kernels are split, both where linears differ."""
+        alone = fused_is_split(self.n, self.k)
+        if self.split is None and self.parts > 1 and not alone and fused_is_split(1, self.k):
+            return False, True
+        return (alone if self.split is None else self.split,)
 
     @property
     def row_units(self) -> tuple[int, ...]:
@@ -137,7 +149,9 @@ def _together(members: Sequence[Launch]) -> Iterator[Launch]:
         if len(part) == 1 or len(kinds) > 1:
             continue
         unit = min(fused.row_unit(m.n) for m in part)
-        yield replace(first, n=sum(m.n for m in part), parts=len(part), row_unit=unit)
+        splits = {fused_is_split(m.n, m.k) for m in part}
+        split = splits.pop() if len(splits) == 1 else None
+        yield replace(first, n=sum(m.n for m in part), parts=len(part), row_unit=unit, split=split)
 
 
 def kernels_of(
@@ -256,7 +270,6 @@ def _fused_kernels(launch: Launch, target: Target) -> Iterator[KernelSpec]:
     if not (fused.takes_slices(launch.spec) and fused.takes_columns(launch.spec, launch.k)):
         return
     yield kernel_spec(Family.GATHER_TOKENS, launch.spec, launch.k, TokenClass.MANY, target)
-    for unit in launch.row_units:
-        for small in (True, False):
-            facts = {"row_unit": unit, "has_bias": launch.bias_dtype is not None}
-            yield wgmma_spec(launch.spec, launch.k, target, small=small, **facts)
+    for unit, split, small in product(launch.row_units, launch.splits, (True, False)):
+        facts = {"row_unit": unit, "has_bias": launch.bias_dtype is not None}
+        yield wgmma_spec(launch.spec, launch.k, target, small=small, split=split, **facts)

@@ -18,6 +18,26 @@ REGISTERS = 65536  # of a multiprocessor, for every target
 PREFILL_TOKENS = 64  # calls of more tokens are done as `Prefill` says
 BATCH_TOKENS = 9  # calls of fewer are never multiplied by batch_wgmma
 MAX_SIBLINGS = 4  # linears of one launch
+_MOST_PARTS = 8  # of a program of sliced_wgmma: more take longer to add up than they save
+_PART_COLUMNS = 4 * 128  # that a part has at least: four steps
+
+
+def most_parts(columns: int) -> int:
+    """Return into how many parts programs of sliced_wgmma may cut padded columns; 1 where they are too few."""
+    return max(1, min(_MOST_PARTS, -(-columns // 128) * 128 // _PART_COLUMNS))
+
+
+def split_programs(programs: int, at_once: int, columns: int) -> tuple[int, int, int]:
+    """Return how programs of sliced_wgmma run, `at_once` at a time: as `split_columns.share_of` says.
+
+    Returns:
+        How many are whole, how many are the rest, which fills no wave, and into how many parts each of these is cut.
+    """
+    rest, most = programs % at_once, most_parts(columns)
+    parts = min(at_once // max(rest, 1), most)
+    if parts == 1 and most >= 3 and 3 * rest <= 2 * at_once:
+        parts = 3
+    return programs - rest, rest, parts
 
 
 class Layout(StrEnum):
@@ -201,6 +221,7 @@ class KernelSpec:
         prefetch: PREFETCH, columns of the base slice, or of a trained router, to bring into the L2 cache while waiting
             for the kernel before.
         max_registers: Registers a thread may use, 0 for as many as the compiler likes.
+        split: MOST_PARTS above 1, programs of a last wave are split along the columns (sliced_wgmma).
         sorted_rows: SORTED_ROWS, tokens are grouped by slice count: every count in use is written (dequantize).
         emulate: EMULATE, spell out in tensors what is inline assembly elsewhere (the interpreter runs none).
     """
@@ -230,6 +251,7 @@ class KernelSpec:
     overlap: bool = False
     prefetch: int = 0
     max_registers: int = 0
+    split: bool = False
     sorted_rows: bool = False
     emulate: bool = False
 
@@ -245,6 +267,9 @@ class KernelSpec:
             raise BadKernelSpec(family=self.family, name="hidden", got=self.hidden, wanted="at least 0")
         if self.num_stages < 1:
             raise BadKernelSpec(family=self.family, name="num_stages", got=self.num_stages, wanted="at least 1")
+        if self.split and most_parts(self.k) == 1:
+            wanted = f"no split of fewer than {2 * _PART_COLUMNS} columns"
+            raise BadKernelSpec(family=self.family, name="split", got=self.k, wanted=wanted)
         if not 1 <= self.parts <= MAX_SIBLINGS:
             wanted = f"1 to {MAX_SIBLINGS}"
             raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
@@ -253,7 +278,7 @@ class KernelSpec:
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)
-        flags = ("route", "quantize", "token_rows", "overlap", "sorted_rows", "has_bias", "emulate")
+        flags = ("route", "quantize", "token_rows", "overlap", "split", "sorted_rows", "has_bias", "emulate")
         marks = "".join(f"_{flag}" for flag in flags if getattr(self, flag))
         parts = f"_x{self.parts}" if self.parts > 1 else ""
         network = f"_h{self.hidden}" if self.hidden else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from mobiquant_compiler.routing import idle_router, prepare, route
 from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec, most_parts
 
 
 def warm_kernels(
@@ -30,6 +31,7 @@ def warm_kernels(
     activation: Activation = Activation.A16,
     hidden: int = 0,
     units: Sequence[int] | None = None,
+    splits: Sequence[bool] = (False, True),
 ) -> int:
     """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
 
@@ -48,6 +50,7 @@ def warm_kernels(
         activation: Fixed-point width of activations.
         hidden: Hidden units of the trained router that the launch asks, 0 of a data-free one.
         units: Row units of kernels that the launch can take (`Launch.row_units`); all that `n` allows by default.
+        splits: Whether fused kernels split programs of their last wave (`Launch.splits`).
 
     Returns:
         How many kernels were run.
@@ -62,7 +65,10 @@ def warm_kernels(
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
     units = fused.row_units(n, parts) if units is None else units
     launched = sum(
-        _warm_call(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden, units)
+        _warm_call(
+            *(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden),
+            *(units, splits),
+        )
         for tokens in calls
         if max_tokens is None or tokens <= max_tokens
     )
@@ -79,6 +85,7 @@ def _warm_call(
     activation: Activation,
     hidden: int,
     units: Sequence[int],
+    splits: Sequence[bool],
 ) -> int:
     """Run every kernel that a call of as many tokens as `x` has can run; returns how many."""
     router, kind = idle_router(x.shape[-1], spec.num_slices, hidden, x.device)
@@ -99,7 +106,9 @@ def _warm_call(
     for prefill in ways:
         wiring.by_workspace(x, counts, weights, spec, prefill)
     launched += len(ways)
-    return launched + (_warm_fused(weights, x, counts, spec, units) if wiring.fused_refusal(x, spec) is None else 0)
+    if wiring.fused_refusal(x, spec) is not None:
+        return launched
+    return launched + _warm_fused(weights, x, counts, spec, units, splits)
 
 
 def _warm_batches(
@@ -137,13 +146,20 @@ def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:
     return Weight(slices, weight.scale.expand(rows, -1), weight.zero.expand(rows, -1), bias)
 
 
-def _warm_fused(weights: Sequence[Weight], x: Tensor, counts: Tensor, spec: SliceSpec, units: Sequence[int]) -> int:
+def _warm_fused(
+    weights: Sequence[Weight],
+    x: Tensor,
+    counts: Tensor,
+    spec: SliceSpec,
+    units: Sequence[int],
+    splits: Sequence[bool],
+) -> int:
     """Run the kernels that make weights in registers, of both tiles; returns how many."""
     k, target = x.shape[-1], target_of(x.device)
     tokens = fused.gather(gather_kernel(spec, k, target), x, counts)
-    for unit in units:
+    made = [split for split in splits if not split or most_parts(spec.padded(k)) > 1]
+    for unit, split, small in product(units, made, (True, False)):
         weight = _of_rows(weights[0], unit, spec, k)
-        for small in (True, False):
-            kernel = fused_kernel(spec, k, target, small=small, row_unit=unit, has_bias=weight.bias is not None)
-            fused.multiply(kernel, tokens, weight)
-    return 1 + 2 * len(units)
+        facts = {"row_unit": unit, "has_bias": weight.bias is not None}
+        fused.multiply(fused_kernel(spec, k, target, small=small, split=split, **facts), tokens, weight)
+    return 1 + 2 * len(made) * len(units)

@@ -143,6 +143,7 @@ def _run(launches: Sequence[Launch], max_tokens: int | None, workers: int | None
                 activation=launch.activation,
                 hidden=launch.hidden,
                 units=launch.row_units,
+                splits=launch.splits,
             )
             progress("kernels", done, len(launches))
     new = cache.loaded_kernels()[before:]

@@ -17,6 +17,7 @@ from mobiquant_compiler import kernels, ops, reference
 from mobiquant_compiler.kernels import (
     dequantize_kernel,
     fused_is_small,
+    fused_is_split,
     fused_kernel,
     gather_kernel,
     gluon_refusal,
@@ -200,7 +201,8 @@ def by_fused(
 
     def kernel_of(weight: Weight, tokens: int) -> Kernel:
         facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
-        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, groups), **facts)
+        facts["split"] = fused_is_split(weight.rows, k)
+        return fused_kernel(spec, k, target, small=fused_is_small(tokens, weight.rows, k, groups), **facts)
 
     return fused.fused_linears(gather_kernel(spec, k, target), kernel_of, x, counts, weights)
 

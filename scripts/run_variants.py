@@ -92,19 +92,22 @@ def trained_routers(device: str) -> list[str]:
 def fused_prefill(device: str) -> list[str]:
     """Run weights made in registers, in tiles of every width, where the device can."""
     wrong = []
-    for n, k in ((40, 256), (203, 160)):
+    for n, k in ((40, 256), (203, 160), (203, 1088)):
         case = integer_case(SPECS[0], 1100, n, k, dtype=torch.bfloat16, bias=True, device=device)
         if refusal := wiring.fused_refusal(case.x, SPECS[0]):
             print(f"fused: nothing was run: {refusal}")
             return []
         target, weight, wanted = kernels.target_of(case.x.device), wiring.Weight(*case.arguments[2:]), case.expected()
-        tokens = fused.gather(kernels.gather_kernel(SPECS[0], k, target), case.x, case.counts)
-        # Programs that run at a time: never enough for all tiles to be narrow, or always.
-        for small, at_once in product((True, False), (1, 10**6)):
-            kernel = kernels.fused_kernel(SPECS[0], k, target, small=small, row_unit=fused.row_unit(n), has_bias=True)
-            y = fused.multiply(kernel, tokens, weight, at_once=at_once)
+        gather = kernels.gather_kernel(SPECS[0], k, target)
+        # Programs that run at a time: waves are always full, or the last one or the only one is split.
+        # Where none is, never enough for all tiles to be narrow, or always.
+        for small, split, at_once in product((True, False), {False, k > 1024}, (1, 7, 200)):
+            tokens = fused.gather(gather, case.x, case.counts, at_once=at_once)
+            facts = {"small": small, "split": split, "row_unit": fused.row_unit(n), "has_bias": True}
+            kernel = kernels.fused_kernel(SPECS[0], k, target, **facts)
+            y = fused.multiply(kernel, tokens, weight)
             error = (y.double() - wanted).norm() / wanted.norm()
-            name = f"fused, {n}x{k}, small {small}, {at_once} at once"
+            name = f"fused, {n}x{k}, small {small}, split {split}, {at_once} at once"
             wrong += [] if float(error) < 1e-2 else [f"{name}: relative error {float(error):.1e}"]
     return wrong
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from mobiquant_compiler.codegen import boxes, specialise
 from mobiquant_compiler.spec import KernelSpec
+from tests.gluon_memory import global_memory
 from tests.gluon_values import AnyLayout, Memory, Pointer, Value, fence, raw, reads, run_ptx
 
 POISON = 0x5A
-HELPERS = ("operands", "batch_operands", "batch_copies", "batches", "sorted_tiles")
+HELPERS = ("operands", "batch_operands", "batch_copies", "batches", "split_columns", "sorted_tiles")
 PATIENCE = 60.0  # seconds after which a wait is one for what never comes
 DTYPES = {
     "int8": torch.int8,
@@ -217,11 +218,12 @@ class Language:
         """Read."""
         return load(pointer, mask, other)
 
-    def store(self, pointer: Pointer, value: Value, mask: Value) -> None:
-        """Write where the mask is true."""
-        at, data, kept = torch.broadcast_tensors(torch.as_tensor(pointer.at), value.data, mask.data)
+    def store(self, pointer: Pointer, value: Value, mask: Value | None = None) -> None:
+        """Write where the mask is true, for others to see once they wait for it."""
+        wanted = torch.tensor(True) if mask is None else mask.data
+        at, data, kept = torch.broadcast_tensors(torch.as_tensor(pointer.at), value.data, wanted)
         assert bool(((at >= 0) & (at < pointer.memory.numel()))[kept].all()), "a write past an allocation"
-        pointer.memory[at[kept]] = data[kept]
+        global_memory.store(pointer.memory, at[kept], data[kept])
 
     def zeros(self, shape: list[int], dtype: torch.dtype, layout: Any) -> Value:
         """Return zeros."""
@@ -275,12 +277,16 @@ class Language:
         several = isinstance(dtype, tuple)
         outputs = len(dtype) if several else 1
         assert len(constraints.split(",")) == outputs + len(values)
-        given = [v.data.contiguous() for v in values]
-        words = [(v.view(torch.int32).numpy().view(np.uint32) if pack == 4 else v.numpy()) for v in given]
+        words = [value if isinstance(value, Pointer) else _registers(value.data.contiguous(), pack) for value in values]
         found = [torch.from_numpy(w.view(np.int32).copy()) for w in run_ptx(text, words, outputs)]
         kinds = dtype if several else (dtype,)
         results = tuple(Value(w.view(kind)) for w, kind in zip(found, kinds, strict=True))
         return results if several else results[0]
+
+
+def _registers(values: Tensor, pack: int) -> np.ndarray:
+    """Return values as registers hold them."""
+    return values.view(torch.int32).numpy().view(np.uint32) if pack == 4 else values.numpy()
 
 
 def copy_box(source: Description, place: list[Any], barrier: Barrier, memory: Memory, pred: Any = True) -> None:
@@ -352,10 +358,14 @@ def functions_of(text: str, program: tuple[int, ...] = (0,)) -> dict[str, Any]:
 def run(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run every program of the kernel of `spec`; tensors among the arguments are written in place."""
     text = specialise.specialise(spec)
-    for program in np.ndindex(*grid):
-        kernel = functions_of(text, program)[str(spec.family)]
-        wanted = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-        kernel(**{name: _argument(name, spec, arguments) for name in wanted})
+    try:
+        for program in np.ndindex(*grid):
+            global_memory.begin_program()
+            kernel = functions_of(text, program)[str(spec.family)]
+            wanted = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+            kernel(**{name: _argument(name, spec, arguments) for name in wanted})
+    finally:
+        global_memory.end_launch()
 
 
 def _argument(name: str, spec: KernelSpec, arguments: dict[str, Any]) -> Pointer | Value | Description:

@@ -13,22 +13,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.gluon_memory import global_memory
 
-def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
-    """Run straight PTX on registers of many threads at once; operands $i are outputs first, then inputs."""
-    registers: dict[str, np.ndarray] = {f"${outputs + number}": value for number, value in enumerate(inputs)}
-    for statement in re.sub(r"[{}]", "", text).split(";"):
-        if not statement.strip() or statement.strip().startswith(".reg"):
+TURNS = 1000  # of a loop of PTX: more are a wait for what never comes
+
+
+def run_ptx(text: str, inputs: list[Any], outputs: int) -> list[np.ndarray]:
+    """Run PTX on registers of many threads at once; operands $i are outputs first, then inputs.
+
+    A jump is taken by all threads where one of them takes it: right for loops that wait, whose turns change nothing.
+    """
+    registers: dict[str, Any] = {f"${outputs + number}": value for number, value in enumerate(inputs)}
+    statements = [s.strip() for s in re.sub(r"[{}]", "", text).split(";")]
+    labels = {found[1]: at for at, s in enumerate(statements) if (found := re.match(r"(\w+):", s))}
+    at, turns = 0, 0
+    while at < len(statements):
+        statement = re.sub(r"^\w+:\s*", "", statements[at])
+        at += 1
+        if not statement or statement.startswith(".reg"):
             continue
-        name, rest = statement.strip().split(" ", 1)
+        if jump := re.fullmatch(r"@(\w+) bra (\w+)", statement):
+            if registers[jump[1]].any():
+                at, turns = labels[jump[2]], turns + 1
+                assert turns < TURNS, "waits for what never comes"
+            continue
+        name, rest = statement.split(" ", 1)
         target, *sources = (part.strip() for part in rest.split(","))
-        values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        registers[target] = np.asarray(_result(name, values), dtype=np.uint32)
+        values = [_operand(source, registers) for source in sources]
+        if name == "red.release.gpu.global.add.s32":
+            address = _operand(target, registers)
+            global_memory.release(address.memory, address.at, int(values[0]))
+        else:
+            registers[target] = np.asarray(_result(name, values), dtype=np.uint32)
     return [registers[f"${number}"] for number in range(outputs)]
+
+
+def _operand(text: str, registers: dict[str, Any]) -> Any:
+    """Return what a register holds, that of an address too, or a number."""
+    name = text.strip("[]")
+    return registers[name] if name in registers else np.uint32(int(name, 0))
 
 
 def _result(name: str, values: list[Any]) -> np.ndarray:
     """Return what an instruction computes."""
+    if name == "ld.acquire.gpu.global.s32":
+        return global_memory.acquire(values[0].memory, values[0].at)
+    if name == "setp.lt.s32":
+        return np.asarray(values[0]).view(np.int32) < np.asarray(values[1]).view(np.int32)
     if name == "mov.b32":
         return values[0]
     if name == "prmt.b32":

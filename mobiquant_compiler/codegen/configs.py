@@ -9,7 +9,15 @@ from enum import StrEnum
 
 from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 from mobiquant_compiler.errors import KernelDoesNotFit
-from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
+from mobiquant_compiler.spec import (
+    MULTIPROCESSORS,
+    Activation,
+    Family,
+    KernelSpec,
+    SliceSpec,
+    most_parts,
+    split_programs,
+)
 
 # Dynamic shared memory a block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 _SHARED_BYTES = {
@@ -107,10 +115,13 @@ _TILES: dict[tuple[Family, TokenClass], tuple[Tile, ...]] = {
     (Family.GATHER_TOKENS, TokenClass.MANY): (Tile(1, 1, 2048, 4),),
 }
 # Tiles of sliced_wgmma, and one with half as many tokens for calls that make few of those, or few full ones; and how
-# long an H100 takes for the programs that it runs at a time: 4096 columns of two slices, in microseconds.
+# long an H100 takes for the programs that it runs at a time: 4096 columns of two slices, in microseconds. To add one
+# more part of a split program takes longer than this by as much.
 _WGMMA_TILE, _WGMMA_SMALL_TILE = Tile(256, 128, 1, 4), Tile(128, 128, 1, 4)
 _WGMMA_STAGES, _WGMMA_SMALL_STAGES = 4, 6
 _WGMMA_WAVE, _WGMMA_SMALL_WAVE = 45.0, 31.0
+_WGMMA_PART, _WGMMA_SMALL_PART = 2.0, 1.0
+_WGMMA_COLUMNS, _SPLIT_ROWS = 4096, 4096
 _WORD_STAGES = 2  # as sorted_tiles has them
 _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side share: they leave room in the L2 cache
 
@@ -286,25 +297,55 @@ def prefetched(weight: SliceSpec, n: int, k: int, tokens: TokenClass) -> int:
     return k if n < _FEW_ROWS else min(k, 16 * weight.group)
 
 
-def wgmma_is_small(tokens: int, n: int, groups: int) -> bool:
+def wgmma_is_split(n: int, k: int) -> bool:
+    """Say whether programs of a last wave of sliced_wgmma are split along the columns; pure.
+
+    Measured on an H100: a kernel that can is faster for weights of few rows, whose programs fill few waves, by up to a
+    third with long columns; elsewhere it is slower by some hundredths, as it has a third more instructions.
+    """
+    return n <= _SPLIT_ROWS and most_parts(k) > 1
+
+
+def wgmma_is_small(tokens: int, n: int, k: int, groups: int) -> bool:
     """Say whether a call of sliced_wgmma is faster with small tiles; pure.
 
-    What counts is in how many waves its programs run. How many tiles tokens make depends on their counts, which only
-    the device knows: tokens that are all alike and tokens of every count, half a tile lost each, weigh the same. Of
-    one group, which is as many different counts as they can have, there is nothing to weigh.
+    What counts is in how many waves its programs run, the last of which may be split. How many tiles tokens make
+    depends on their counts, which only the device knows: tokens that are all alike and tokens of every count, half a
+    tile lost each, weigh the same. Of one group, which is as many different counts as they can have, there is nothing
+    to weigh.
     """
+    split = wgmma_is_split(n, k)
 
-    def cost(tile: Tile, wave: float) -> float:
+    def cost(tile: Tile, wave: float, part: float) -> float:
         blocks = -(-n // tile.block_n)
         alike = -(-tokens // tile.block_m)
         tiles = (alike, alike if groups == 1 else tokens / tile.block_m + groups / 2)
-        return sum(wave * math.ceil(count * blocks / MULTIPROCESSORS) for count in tiles)
+        if not split:
+            return sum(wave * math.ceil(count * blocks / MULTIPROCESSORS) for count in tiles)
+        return sum(_waves_cost(math.ceil(count * blocks), k, wave * k / _WGMMA_COLUMNS, part) for count in tiles)
 
-    return cost(_WGMMA_SMALL_TILE, _WGMMA_SMALL_WAVE) < cost(_WGMMA_TILE, _WGMMA_WAVE)
+    small = cost(_WGMMA_SMALL_TILE, _WGMMA_SMALL_WAVE, _WGMMA_SMALL_PART)
+    return small < cost(_WGMMA_TILE, _WGMMA_WAVE, _WGMMA_PART)
+
+
+def _waves_cost(programs: int, k: int, wave: float, part: float) -> float:
+    """Return how long programs take whose last wave is split as `split_columns.share_of` does, each part added."""
+    whole, rest, parts = split_programs(programs, MULTIPROCESSORS, k)
+    full = whole // MULTIPROCESSORS
+    if rest == 0:
+        return wave * full
+    return wave * (full + math.ceil(rest * parts / MULTIPROCESSORS) / parts) + part * (parts - 1)
 
 
 def wgmma_spec(
-    weight: SliceSpec, k: int, target: Target, *, small: bool, row_unit: int = 1, has_bias: bool = False
+    weight: SliceSpec,
+    k: int,
+    target: Target,
+    *,
+    small: bool,
+    split: bool = False,
+    row_unit: int = 1,
+    has_bias: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of sliced_wgmma.
 
@@ -313,6 +354,7 @@ def wgmma_spec(
         k: Input columns.
         target: What it must fit.
         small: Use small tiles (`wgmma_is_small`).
+        split: Split programs of a last wave (`wgmma_is_split`), which columns must be enough for.
         row_unit: 8 where the number of output rows is a multiple of it, else 1.
         has_bias: Whether a bias is added.
 
@@ -336,5 +378,6 @@ def wgmma_spec(
         num_stages=_WGMMA_SMALL_STAGES if small else _WGMMA_STAGES,
         consumers=2,
         row_unit=row_unit,
+        split=split,
     )
     return choose((spec,), target)

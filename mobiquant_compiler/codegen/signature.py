@@ -59,6 +59,8 @@ _FIXED = {
     "rows_ptr": "*i32",
     "slices_ptr": "*i32",
     "sums_ptr": "*i32",
+    "marks_ptr": "*i32",
+    "partial_ptr": "*fp32",
     "tokens": "i32",
     "columns": "i32",
     "capacity": "i32",
@@ -67,6 +69,7 @@ _FIXED = {
     "rows": "i32",
     "row_units": "i32",
     "tiles": "i32",
+    "marks": "i32",
     "at_once": "i32",
 }
 

@@ -8,8 +8,9 @@ for 32 bytes of each, and the path from the L1 cache that it keeps busy is the o
 
 Names: memory is (acts, words, staged). acts and words are rings of stages in shared memory, (stages, ready, empty): 64
 columns of activations, and a step's words, 128 columns of COUNT slices; staged are outputs on their way. weight is
-(scale, zero, bias) and given (weight, origins of tokens, outputs); place is (first token, end of the group, first row,
-rows in all).
+(scale, zero, bias) and given (weight, origins of tokens, outputs, scratch); place is (first token, end of the group,
+first row, rows in all). share and scratch are those of `split_columns`, () where no program is split; turns of rings
+and steps of loops are counted from the first step of the share.
 """
 
 from triton.experimental import gluon
@@ -22,16 +23,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mobiquant_compiler.codegen import operands
+from mobiquant_compiler.codegen import operands, split_columns
 from mobiquant_compiler.codegen.batches import consumer_registers
 
 WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time; `configs` counts their bytes
 
 
 @gluon.jit
-def steps_of(place, K_PADDED: gl.constexpr):
-    """Return the number of steps of 128 columns, which the compiler does not know: it would unroll a single one."""
-    return (K_PADDED + 127) // 128 + (place[3] >> 31)
+def steps_of(place, share, K_PADDED: gl.constexpr):
+    """Return the number of steps of 128 columns, which the compiler does not know: it would unroll a single one.
+
+    That those of a share are not many saves instructions for turns of rings.
+    """
+    ALL: gl.constexpr = (K_PADDED + 127) // 128
+    if len(share) == 0:
+        steps = ALL + (place[3] >> 31)
+    else:
+        steps = gl.minimum(share[1], ALL + 1)
+    return steps
 
 
 @gluon.jit
@@ -57,6 +66,7 @@ def produce(
     descs,
     memory,
     place,
+    share,
     COUNT: gl.constexpr,
     TOKENS: gl.constexpr,
     K_PADDED: gl.constexpr,
@@ -71,19 +81,20 @@ def produce(
     x_stages, x_ready, _ = acts
     word_stages, words_ready, _ = words
     first, _, first_row, n_rows = place
-    for step in range(steps_of(place, K_PADDED)):
+    begin = share[0] if len(share) > 0 else 0
+    for step in range(steps_of(place, share, K_PADDED)):
         slot = await_empty(words, step, WORD_STAGES)
         bar = words_ready.index(slot)
         mbarrier.expect(bar, COUNT * 128 * 32)
         for index in gl.static_range(COUNT):
             target = word_stages.index(slot * COUNT + index)
-            tma.async_copy_global_to_shared(slices_desc, [index * n_rows + first_row, 8 * step], bar, target)
+            tma.async_copy_global_to_shared(slices_desc, [index * n_rows + first_row, 8 * (begin + step)], bar, target)
         for half in gl.static_range(2):
             stage = 2 * step + half
             slot = await_empty(acts, stage, NUM_STAGES)
             bar = x_ready.index(slot)
             mbarrier.expect(bar, 128 * TOKENS)
-            tma.async_copy_global_to_shared(x_desc, [first, 64 * stage], bar, x_stages.index(slot))
+            tma.async_copy_global_to_shared(x_desc, [first, 128 * begin + 64 * stage], bar, x_stages.index(slot))
 
 
 @gluon.jit
@@ -152,6 +163,7 @@ def consume(
     memory,
     given,
     place,
+    share,
     WHO: gl.constexpr,
     COUNT: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -160,24 +172,25 @@ def consume(
     HAS_BIAS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
-    """Multiply 64 rows by TOKENS tokens and write the result."""
+    """Multiply 64 rows by TOKENS tokens, over the columns of a share, and write the result or leave it as a part."""
     acts, words, staged = memory
-    weight, rows_ptr, y_ptr = given
+    weight, rows_ptr, y_ptr, scratch = given
     scale_ptr, zero_ptr, bias_ptr = weight
     first_row, n_rows = place[2] + 64 * WHO, place[3]
     DTYPE: gl.constexpr = acts[0].dtype
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
-    last = steps_of(place, K_PADDED) - 1
+    begin = share[0] if len(share) > 0 else 0
+    last = steps_of(place, share, K_PADDED) - 1
     group_at = operands.group_offsets(first_row, n_rows, GROUP, K_PADDED, 4)
     at = (scale_ptr + group_at, zero_ptr + group_at)
     exponent = operands.exponents_of(first_row, n_rows, DTYPE, 4)
-    scale, zero = load_facts(at, 0, GROUP, K_PADDED)
+    scale, zero = load_facts(at, begin, GROUP, K_PADDED)
     grid = operands.grid_of(scale, zero, COUNT, DTYPE)
     near_words, far_words = read_words(words, 0, WHO, COUNT)
     near = four_operands(near_words, exponent, grid, OPERAND, COUNT, DTYPE)
     give_words_back(words, 0)
-    scale, zero = load_facts(at, gl.minimum(1, last), GROUP, K_PADDED)
+    scale, zero = load_facts(at, begin + gl.minimum(1, last), GROUP, K_PADDED)
     sums = gl.zeros([64, TOKENS], gl.float32, PRODUCT)
     for step in range(last + 1):
         sums = multiply_stage(sums, near, acts, 2 * step, NUM_STAGES)
@@ -190,20 +203,36 @@ def consume(
         grid = operands.grid_of(scale, zero, COUNT, DTYPE)
         near_words, far_words = read_words(words, following, WHO, COUNT)
         near = four_operands(near_words, exponent, grid, OPERAND, COUNT, DTYPE)
-        scale, zero = load_facts(at, gl.minimum(step + 2, last), GROUP, K_PADDED)
+        scale, zero = load_facts(at, begin + gl.minimum(step + 2, last), GROUP, K_PADDED)
         sums = end_stage(sums, far, acts, 2 * step + 1, NUM_STAGES)
         give_words_back(words, following)
-    if HAS_BIAS:
-        row = first_row + gl.arange(0, 64, gl.SliceLayout(1, PRODUCT))
-        sums += gl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(gl.float32)[:, None]
-    write_tile(sums, staged.index(WHO), rows_ptr, y_ptr, place, first_row, TOKENS)
+    if len(share) == 0:
+        write_tile(sums, staged.index(WHO), bias_ptr, rows_ptr, y_ptr, place, first_row, HAS_BIAS, TOKENS)
+    elif share[2] + 1 < share[3]:
+        split_columns.leave_sums(sums, scratch, share, WHO, TOKENS)
+    else:
+        sums = split_columns.add_others(sums, scratch, share, WHO, TOKENS)
+        write_tile(sums, staged.index(WHO), bias_ptr, rows_ptr, y_ptr, place, first_row, HAS_BIAS, TOKENS)
 
 
 @gluon.jit
-def write_tile(sums, staged, rows_ptr, y_ptr, place, first_row, TOKENS: gl.constexpr):
-    """Write a tile of sums, each token to the place that it had before sorting, rows side by side."""
+def write_tile(
+    sums,
+    staged,
+    bias_ptr,
+    rows_ptr,
+    y_ptr,
+    place,
+    first_row,
+    HAS_BIAS: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Add the bias and write a tile of sums, each token to the place that it had before sorting, rows side by side."""
     ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     first, end, _, n_rows = place
+    if HAS_BIAS:
+        row = first_row + gl.arange(0, 64, gl.SliceLayout(1, sums.type.layout))
+        sums += gl.load(bias_ptr + row, mask=row < n_rows, other=0.0).to(gl.float32)[:, None]
     # Through shared memory in one piece: a conversion of layouts would take small ones, with barriers between them.
     staged.permute((1, 0)).store(sums.to(y_ptr.dtype.element_ty))
     y = staged.permute((1, 0)).load(ROWS)
@@ -240,6 +269,8 @@ def multiply_tile(
     rows_ptr,
     y_ptr,
     place,
+    share,
+    scratch,
     COUNT: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -247,7 +278,7 @@ def multiply_tile(
     HAS_BIAS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
-    """Multiply a tile of up to TOKENS tokens of COUNT slices by 128 rows, and write the result."""
+    """Multiply a tile of up to TOKENS tokens of COUNT slices by 128 rows, and write the result or a part of it."""
     x_desc, slices_desc = descs
     DTYPE: gl.constexpr = x_desc.dtype
     OUT: gl.constexpr = y_ptr.dtype.element_ty
@@ -261,13 +292,13 @@ def multiply_tile(
     acts = (stages, ready, empty)
     words = (word_stages, words_ready, words_empty)
     memory = (acts, words, staged)
-    given = (weight, rows_ptr, y_ptr)
+    given = (weight, rows_ptr, y_ptr, scratch)
     # Constants are spelled out: one that goes by way of a variable is none any more.
     gl.warp_specialize(
         [
-            (consume, (memory, given, place, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
-            (consume, (memory, given, place, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
-            (produce, (descs, memory, place, COUNT, TOKENS, K_PADDED, NUM_STAGES)),
+            (consume, (memory, given, place, share, 0, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
+            (consume, (memory, given, place, share, 1, COUNT, TOKENS, GROUP, K_PADDED, HAS_BIAS, NUM_STAGES)),
+            (produce, (descs, memory, place, share, COUNT, TOKENS, K_PADDED, NUM_STAGES)),
         ],
         [4, 1],
         [REGISTERS[0], REGISTERS[1]],

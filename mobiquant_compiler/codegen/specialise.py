@@ -11,7 +11,7 @@ from typing import Any
 
 from mobiquant_compiler.codegen import toolchain
 from mobiquant_compiler.errors import BadKernelSpec
-from mobiquant_compiler.spec import Family, KernelSpec
+from mobiquant_compiler.spec import Family, KernelSpec, most_parts
 
 Value = int | str | bool | tuple[int, ...]
 _HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ _HERE = Path(__file__).parent
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
     *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "parts"),
-    *("batch_operands", "batch_copies", "batches", "sorted_tiles"),
+    *("batch_operands", "batch_copies", "batches", "split_columns", "sorted_tiles"),
     *("resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
@@ -55,6 +55,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "CONSUMERS": spec.consumers,
         "TOKEN_ROWS": spec.token_rows,
         "EMULATE": spec.emulate,
+        "MOST_PARTS": most_parts(spec.k) if spec.split else 1,
     }
 
 

@@ -4,8 +4,9 @@ Everything here can be captured into a CUDA graph: sizes follow from shapes, wha
 
 Numerics: weights are a code less its middle, times the scale, plus an offset, in the dtype of the activations: scale,
 offset and weight are rounded once each (in float16 what is below 6e-5 loses bits). Sums are float32; bias is added
-before they are rounded. The order of a sum depends on nothing but the number of columns, so a token's result depends
-neither on the tokens beside it nor on the tile that it is in.
+before they are rounded. Where programs do not fill their last wave, and the kernel splits them, a sum is that of parts
+of the columns. How many parts depends on how many tokens there are of each count, so the last bits of a token's result
+depend on its companions. The order within a part, and of parts, is fixed: a call gives the same bits every time.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from mobiquant_compiler.runtime.launch import (
     multiprocessors,
     rows_of_words,
 )
-from mobiquant_compiler.spec import Family, SliceSpec
+from mobiquant_compiler.spec import Family, SliceSpec, most_parts, split_programs
 
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 _COLUMNS = 128  # of a step of the kernel
+_SLOT = 256 * 128  # sums of a part of a tile, as split_columns has it
+_THREADS = 256  # that multiply: a mark each
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,18 @@ class GatheredTokens:
         x: [T, K_padded up to 128], in the order of their counts, columns in the order of operands.
         rows: int32 [T], where each token came from.
         offsets: int32 [E + 1], on the device; tokens of count c are ``offsets[c - 1] : offsets[c]``.
+        at_once: Programs of `multiply` that run at a time: those that do not fill their last wave are split, or tiles
+            have half the tokens where as many are enough.
+        partial: float32, room for the sums of parts; linears take it one after the other, as they do `marks`.
+        marks: int32, zeros before and after each linear: what says that parts are there.
     """
 
     x: Tensor
     rows: Tensor
     offsets: Tensor
+    at_once: int
+    partial: Tensor
+    marks: Tensor
 
     @property
     def tokens(self) -> int:
@@ -97,13 +107,17 @@ def row_unit(n: int) -> int:
     return 1 if n % 8 else 8
 
 
-def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredTokens:
+def gather(
+    kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, split: bool = True, at_once: int | None = None
+) -> GatheredTokens:
     """Bring tokens of equal slice count together, in their order, and their columns into the order of operands.
 
     Args:
         kernel: gather_tokens.
         x: [T, K].
         counts: int32, T of them in any shape; values outside 1..E count as the nearest.
+        split: Whether there is a kernel of `multiply` that splits programs of a last wave, and needs room for parts.
+        at_once: Programs of `multiply` that run at a time, the device's multiprocessors by default.
     """
     spec, (tokens, columns) = kernel.spec, x.shape
     assert spec.family is Family.GATHER_TOKENS, f"{spec.family} gathers nothing"
@@ -111,6 +125,10 @@ def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredToken
     gathered = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     rows = torch.empty(tokens, dtype=torch.int32, device=x.device)
     offsets = torch.empty(len(spec.widths) + 1, dtype=torch.int32, device=x.device)
+    at_once = multiprocessors(x.device) if at_once is None else at_once
+    slots, tiles = scratch_of(spec.k, at_once) if split else (0, 0)
+    partial = torch.empty(slots * _SLOT, dtype=torch.float32, device=x.device)
+    marks = torch.empty(tiles * _THREADS, dtype=torch.int32, device=x.device)
     kernel.launch(
         (ceil_div(tokens, spec.block_m),),
         x_ptr=x.contiguous(),
@@ -118,31 +136,47 @@ def gather(kernel: LaunchableKernel, x: Tensor, counts: Tensor) -> GatheredToken
         rows_ptr=rows,
         offsets_ptr=offsets,
         gathered_ptr=gathered,
+        marks_ptr=marks,
         tokens=tokens,
         columns=columns,
+        marks=marks.numel(),
     )
-    return GatheredTokens(gathered, rows, offsets)
+    return GatheredTokens(gathered, rows, offsets, at_once, partial, marks)
 
 
-def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight, *, at_once: int | None = None) -> Tensor:
+def scratch_of(k: int, at_once: int) -> tuple[int, int]:
+    """Return how many parts leave their sums at most, and how many tiles are split at most.
+
+    Of a tile that is split into S parts S - 1 leave something. Parts are as many as run at a time or fewer, but thirds,
+    which may be twice as many.
+    """
+    parts = most_parts(k)
+    if parts < 3:
+        return at_once * (parts - 1) // parts, at_once // 2 * (parts - 1)
+    split = 2 * at_once // 3
+    return max(at_once * (parts - 1) // parts, 2 * split), split
+
+
+def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -> Tensor:
     """Multiply each token by the weight of its slice count; returns [T, N] in the order before gathering.
 
     Args:
         kernel: sliced_wgmma.
         tokens: What `gather` gave for as many columns.
         weight: Its rows are a multiple of the kernel's ``row_unit``.
-        at_once: Programs that run at a time, the device's multiprocessors by default: where as many are enough, tiles
-            have half the tokens. What a token gets does not depend on it.
     """
     spec = kernel.spec
     assert spec.family is Family.SLICED_WGMMA, f"{spec.family} multiplies no gathered tokens"
     assert weight.rows % spec.row_unit == 0, f"{weight.rows} rows are no multiple of {spec.row_unit}"
     y = torch.empty(tokens.tokens, weight.rows, dtype=tokens.x.dtype, device=tokens.x.device)
-    at_once = multiprocessors(tokens.x.device) if at_once is None else at_once
     blocks = ceil_div(weight.rows, spec.block_n)
-    tiles = most_tiles(tokens.tokens, len(spec.widths), spec.block_m, at_once // blocks)
+    facts = (tokens.tokens, len(spec.widths), spec.block_m)
+    tiles = most_tiles(*facts, tokens.at_once // blocks)
+    programs = most_programs(*facts, blocks, tokens.at_once, spec.k) if spec.split else tiles * blocks
+    room = scratch_of(spec.k, tokens.at_once)[1] if spec.split else 0  # none where waves are always full
+    assert tokens.marks.numel() >= room * _THREADS, "tokens were gathered for kernels that split nothing"
     kernel.launch(
-        (tiles * blocks,),
+        (programs,),
         x_ptr=tokens.x,
         rows_ptr=tokens.rows,
         offsets_ptr=tokens.offsets,
@@ -151,21 +185,35 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight, *
         zero_ptr=weight.zero.contiguous(),
         bias_ptr=None if weight.bias is None else weight.bias.contiguous(),
         y_ptr=y,
+        partial_ptr=tokens.partial,
+        marks_ptr=tokens.marks,
         tiles=tiles,
-        at_once=at_once,
+        at_once=tokens.at_once,
         row_units=weight.rows // spec.row_unit,
     )
     return y
 
 
 def most_tiles(tokens: int, groups: int, block_m: int, together: int) -> int:
-    """Return how many tiles there are at most, however many tokens each of the groups has.
+    """Return how many tiles there are at most where no program is split, however many tokens each of the groups has.
 
     Of groups that end inside a tile there is one less than there are groups. Tiles of half the tokens are more, but
     only made where no more than `together` of them are needed.
     """
     ends = groups - 1
     return max(ceil_div(tokens, block_m) + ends, min(ceil_div(tokens, block_m // 2) + ends, together))
+
+
+@lru_cache(maxsize=1024)
+def most_programs(tokens: int, groups: int, block_m: int, blocks: int, at_once: int, k: int) -> int:
+    """Return how many programs there are at most, parts too, however many tokens each of the groups has.
+
+    Of groups that end inside a tile there is one less than there are groups. More tiles are not always more programs:
+    fewer may be split into more parts.
+    """
+    least = ceil_div(tokens, block_m)
+    waves = (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
+    return max(whole + rest * parts for whole, rest, parts in waves)
 
 
 def fused_linears(
@@ -191,6 +239,7 @@ def fused_linears(
     if flat.shape[0] == 0:
         return [x.new_empty(*x.shape[:-1], weight.rows) for weight in weights]
     with torch.cuda.device_of(x):
-        tokens = gather(gather_kernel, flat, counts)
-        found = [multiply(kernel_of(weight, tokens.tokens), tokens, weight) for weight in weights]
+        kernels = [kernel_of(weight, flat.shape[0]) for weight in weights]
+        tokens = gather(gather_kernel, flat, counts, split=any(kernel.spec.split for kernel in kernels))
+        found = [multiply(kernel, tokens, weight) for kernel, weight in zip(kernels, weights, strict=True)]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

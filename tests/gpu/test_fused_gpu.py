@@ -13,7 +13,7 @@ from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import Prefill, SliceSpec
+from mobiquant_compiler.spec import Prefill, SliceSpec, most_parts
 from tests import waiting
 from tests.kernel_cases import Case, random_case, spec_id
 from tests.rounded_weights import unpacked_weights
@@ -25,8 +25,9 @@ pytestmark = [
 ]
 SPECS = (SliceSpec((2, 2, 2, 2), 128), SliceSpec((2, 2, 2, 2), 64), SliceSpec((2, 2, 2), 32), SliceSpec((2,), 64))
 TOKENS = (65, 100, 256, 1000)
-# Small tiles or large ones, and programs that run at a time: never enough for all tiles to be narrow, or always.
-TILES = ((False, 1), (True, 1), (False, 10**6), (True, 10**6))
+# Small tiles or large ones, and programs that run at a time: waves that are always full, that are not, and a single
+# one. Programs of 1024 columns and more are split in the last two.
+TILES = ((False, 1), (True, 1), (False, 7), (True, 7), (False, 400), (True, 400))
 NAN = float("nan")
 
 
@@ -49,7 +50,7 @@ def with_rounded_weights(case: Case) -> Tensor:
     return y if case.bias is None else y + case.bias.double()
 
 
-def run(case: Case, small: bool | None = None, at_once: int | None = None) -> Tensor:
+def run(case: Case, small: bool | None = None, at_once: int | None = None, split: bool | None = None) -> Tensor:
     """Run the fused linear of a case with memory that is NaN before, in one of `TILES` or those that calls take."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -62,11 +63,14 @@ def run(case: Case, small: bool | None = None, at_once: int | None = None) -> Te
             k,
             target,
             small=small,
+            split=most_parts(case.spec.padded(k)) > 1 if split is None else split,
             row_unit=fused.row_unit(weight.rows),
             has_bias=weight.bias is not None,
         )
-        tokens = fused.gather(gather_kernel(case.spec, k, target), case.x, case.counts)
-        return fused.multiply(kernel, tokens, weight, at_once=at_once)
+        tokens = fused.gather(gather_kernel(case.spec, k, target), case.x, case.counts, at_once=at_once)
+        y = fused.multiply(kernel, tokens, weight)
+        assert not tokens.marks.any(), "marks are as they were before"
+        return y
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -81,10 +85,12 @@ def check(y: Tensor, case: Case) -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_products_are_those_of_rounded_weights(spec: SliceSpec, tokens: int, small: bool, at_once: int) -> None:
-    """Rows that are no multiple of a tile, of eight or even; a last step of less than 128 columns."""
+    """Rows that are no multiple of a tile, of eight or even; a last step of less than 128 columns; parts of columns."""
     case = random_case(spec, tokens, 203, 704, dtype=torch.bfloat16, device="cuda", seed=tokens)
     check(run(case, small, at_once), case)
-    case = replace(random_case(spec, tokens, 512, 704, dtype=torch.bfloat16, device="cuda", seed=tokens), bias=None)
+    case = random_case(spec, tokens, 203, 1088, dtype=torch.bfloat16, device="cuda", seed=tokens)
+    check(run(case, small, at_once), case)
+    case = replace(random_case(spec, tokens, 512, 4160, dtype=torch.bfloat16, device="cuda", seed=tokens), bias=None)
     check(run(case, small, at_once), case)
 
 
@@ -138,16 +144,21 @@ def test_large_products_in_the_tiles_that_calls_take(tokens: int) -> None:
 
 @pytest.mark.parametrize(("small", "at_once"), TILES)
 def test_a_call_gives_the_same_bits_every_time(small: bool, at_once: int) -> None:
-    """In all tiles. Stages overwritten while products still read them would show as differences now and then."""
+    """In all tiles. Stages overwritten while products still read them would show as differences now and then.
+
+    So would parts that are added before they are there.
+    """
     case = random_case(SPECS[0], 1000, 1032, 4096, dtype=torch.bfloat16, device="cuda")
-    first = run(case)
+    first = run(case, small, at_once)
     check(first, case)
     for _ in range(50):
         assert torch.equal(run(case, small, at_once), first)
 
 
-def test_linears_that_share_their_tokens() -> None:
-    cases = [random_case(SPECS[0], 130, n, 256, dtype=torch.bfloat16, seed=n, device="cuda") for n in (64, 203, 4096)]
+@pytest.mark.parametrize("k", [256, 2048])
+def test_linears_that_share_their_tokens(k: int) -> None:
+    """And marks, one after the other, of 2048 columns: 1, 2 and 32 blocks of rows in up to eight parts."""
+    cases = [random_case(SPECS[0], 130, n, k, dtype=torch.bfloat16, seed=n, device="cuda") for n in (64, 203, 4096, 64)]
     cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
     weights = [Weight(*case.arguments[2:]) for case in cases]
     for y, case in zip(wiring.by_fused(cases[0].x, cases[0].counts, weights, SPECS[0]), cases, strict=True):
@@ -189,10 +200,11 @@ def test_nothing_waits_for_the_device(tokens: int) -> None:
         wiring.by_fused(case.x, case.counts, weights, case.spec)
 
 
+@pytest.mark.parametrize("k", [512, 2048])
 @pytest.mark.parametrize(("tokens", "n"), [(65, 520), (1000, 520), (250, 4104), (500, 4104)])
-def test_a_captured_graph_follows_counts(tokens: int, n: int) -> None:
-    """With 4104 rows alike tokens have narrow tiles, and unlike ones wide ones as well."""
-    case = random_case(SPECS[0], tokens, n, 512, dtype=torch.bfloat16, device="cuda")
+def test_a_captured_graph_follows_counts(tokens: int, n: int, k: int) -> None:
+    """So many programs, of 2048 columns, that some counts have their last wave split, in parts that counts decide."""
+    case = random_case(SPECS[0], tokens, n, k, dtype=torch.bfloat16, device="cuda")
     weights = [Weight(*case.arguments[2:])]
     wiring.by_fused(case.x, case.counts, weights, case.spec)
     torch.cuda.synchronize()
@@ -201,9 +213,32 @@ def test_a_captured_graph_follows_counts(tokens: int, n: int) -> None:
         (y,) = wiring.by_fused(case.x, case.counts, weights, case.spec)
     for counts in ((1,), (1, 4, 4), (4,), (2, 4), (1, 2, 3, 4)):
         case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
-        y.fill_(NAN)
-        graph.replay()
-        check(y, case)
+        for _ in range(2):
+            y.fill_(NAN)
+            graph.replay()
+            check(y, case)
+
+
+def test_two_calls_in_one_graph() -> None:
+    """Each has marks of its own, whose zeros the graph writes; 33 by 1 to 3 tiles are split into four to one parts."""
+    cases = [random_case(SPECS[0], 250, 4104, 4096, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2)]
+    weights = [[Weight(*case.arguments[2:])] for case in cases]
+    for case, weight in zip(cases, weights, strict=True):
+        wiring.by_fused(case.x, case.counts, weight, case.spec)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = [wiring.by_fused(c.x, c.counts, weight, c.spec)[0] for c, weight in zip(cases, weights, strict=True)]
+    for counts in ((4,), (1, 4), (2,), (1, 2, 3, 4)):
+        found = []
+        for case in cases:
+            case.counts.copy_(torch.tensor(counts).repeat(250)[:250])
+        for _ in range(3):
+            graph.replay()
+            found.append([y.clone() for y in ys])
+        for y, case in zip(ys, cases, strict=True):
+            check(y, case)
+        assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 
 def test_rows_that_cannot_be_copied_take_another_way() -> None:

@@ -44,6 +44,15 @@ def test_more_tokens_than_are_looked_at_at_a_time() -> None:
     assert torch.equal(found.rows, torch.sort(counts, stable=True)[1].int())
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_marks_are_zero_however_few_tokens_there_are(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **facts: empty(*size, **facts).fill_(-1))
+    x, counts = torch.zeros(tokens, 1024, dtype=torch.float16), torch.ones(tokens, dtype=torch.int32)
+    marks = fused.gather(kernel_of(2, 1024), x, counts, at_once=101).marks
+    assert marks.tolist() == [0] * (50 * 256)
+
+
 def test_activations_that_are_not_contiguous() -> None:
     wide = torch.randn(66, 80, generator=torch.Generator().manual_seed(0)).half()
     counts = torch.ones(66, dtype=torch.int32)

@@ -43,13 +43,16 @@ class Emulated:
         gluon_emulation.run(self.spec, grid, arguments)
 
 
-def run(case: Case, small: bool, at_once: int, **tile: int) -> Tensor:
+def run(case: Case, small: bool, at_once: int, split: bool = False, **tile: int) -> Tensor:
     """Multiply the tokens of a case, in tiles of half the tokens where as many programs as run at once are enough."""
     k, weight = case.x.shape[-1], Weight(*case.arguments[2:])
-    facts = {"row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
+    facts = {"split": split, "row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
     kernel = Emulated(replace(wgmma_spec(case.spec, k, H100, small=small, **facts), **tile))
-    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts)
-    return fused.multiply(kernel, tokens, weight, at_once=at_once)
+    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts, split=split, at_once=at_once)
+    tokens.partial.fill_(float("nan"))
+    y = fused.multiply(kernel, tokens, weight)
+    assert not tokens.marks.any(), "marks are as they were before"
+    return y
 
 
 def check(y: Tensor, case: Case) -> None:
@@ -137,15 +140,17 @@ def scalar(value: int) -> Value:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.booleans(), st.integers(0, 20))
 def test_groups_are_cut_into_tiles_that_cover_them_once(sizes: list[int], halved: bool, together: int) -> None:
-    narrow_tiles = finders_of(len(sizes))["narrow_tiles"]
+    count_tiles = finders_of(len(sizes))["count_tiles"]
     found, ends = tiles_of(sizes, halved), list(accumulate(sizes))
     covered = [t for _, narrow, first, end in found for t in range(first, min(first + (256 >> narrow), end))]
     assert sorted(covered) == list(range(sum(sizes)))
     assert all(end == ends[count - 1] and first >= end - sizes[count - 1] for count, _, first, end in found)
     assert [narrow for _, narrow, _, _ in found] == sorted(narrow for _, narrow, _, _ in found)
-    halves = int(raw(narrow_tiles(offsets_ptr=Pointer(torch.tensor([0, *ends])))))
+    halves, whole = (int(raw(count_tiles(Pointer(torch.tensor([0, *ends])), size))) for size in (128, 256))
     if halved:
         assert all(narrow for _, narrow, _, _ in found)
         assert len(found) == halves
     if sum(sizes) and halved == (halves <= together):
         assert len(found) <= fused.most_tiles(sum(sizes), len(sizes), 256, together)
+    if not halved:
+        assert len(found) == whole <= fused.most_programs(sum(sizes), len(sizes), 256, 1, 1, 128)

@@ -21,9 +21,9 @@ STAGES = 2  # of 64 columns, in a step
 READS = 2  # of words: those of the first step before the loop, and in it those of the next
 
 
-def spec_of(small: bool, k: int = 4096, has_bias: bool = False) -> KernelSpec:
+def spec_of(small: bool, k: int = 4096, has_bias: bool = False, split: bool = False) -> KernelSpec:
     """Return a kernel of two slices: a quarter of a minute less to compile than one of four."""
-    return wgmma_spec(SliceSpec((2, 2), 64), k, H100, small=small, row_unit=8, has_bias=has_bias)
+    return wgmma_spec(SliceSpec((2, 2), 64), k, H100, small=small, split=split, row_unit=8, has_bias=has_bias)
 
 
 @cache
@@ -49,9 +49,10 @@ def gluon() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("small", [False, True])
-def test_what_it_takes(small: bool) -> None:
-    spec = spec_of(small)
+def test_what_it_takes(small: bool, split: bool) -> None:
+    spec = spec_of(small, split=split)
     found = resources.measure(spec, 90)
     assert found.fits
     assert found.local_bytes == 0, "nothing spills"
@@ -63,9 +64,10 @@ def test_what_it_takes(small: bool) -> None:
     assert found.registers * 32 * warps <= 65536
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("small", [False, True])
-def test_four_slices_fit_as_well(small: bool) -> None:
-    spec = wgmma_spec(SliceSpec(), 4096, H100, small=small, row_unit=8)
+def test_four_slices_fit_as_well(small: bool, split: bool) -> None:
+    spec = wgmma_spec(SliceSpec(), 4096, H100, small=small, split=split, row_unit=8)
     found = resources.measure(spec, 90)
     assert (found.fits, found.local_bytes, found.products) == (True, 0, 2 * spec.consumers * BODIES * PRODUCTS)
     assert found.shared_bytes is not None
@@ -73,10 +75,13 @@ def test_four_slices_fit_as_well(small: bool) -> None:
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize(("k", "slices"), [(64, 2), (4096, 2), (576, 2), (4096, 4)])
-def test_products_are_not_serialized(small: bool, k: int, slices: int) -> None:
+@pytest.mark.parametrize(
+    ("k", "slices", "split"),
+    [(64, 2, False), (4096, 2, False), (576, 2, False), (4096, 4, False), (4096, 2, True), (4096, 4, True)],
+)
+def test_products_are_not_serialized(small: bool, k: int, slices: int, split: bool) -> None:
     """ptxas serializes products where it does not understand them: then each waits for all before it."""
-    spec = wgmma_spec(SliceSpec((2,) * slices, 64), k, H100, small=small, row_unit=8)
+    spec = wgmma_spec(SliceSpec((2,) * slices, 64), k, H100, small=small, split=split, row_unit=8)
     text = listing(spec)
     bodies = spec.consumers * BODIES * slices // 2
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text) == ["0"] * (bodies * STAGES)
@@ -147,3 +152,21 @@ def test_rows_of_any_number_are_written_one_by_one() -> None:
     assert re.search(stores, compiled(spec_of(True)).asm["ptx"])
     odd = wgmma_spec(SliceSpec((2, 2), 64), 4096, H100, small=True)
     assert not re.search(stores, compiled(odd).asm["ptx"])
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_parts_leave_their_sums_before_they_say_so_and_are_read_once_they_did(small: bool) -> None:
+    """Sixteen bytes at a time, and with nothing between threads: each waits for itself."""
+    spec = spec_of(small, split=True)
+    names = r"(?:st|ld)\.global\.v4\.b32|red\.release\.gpu\.global|again: ld\.acquire\.gpu\.global|bar\.sync"
+    order = re.findall(names, compiled(spec).asm["ptx"])
+    said = [at for at, name in enumerate(order) if name.startswith("red")]
+    assert len(said) == order.count("again: ld.acquire.gpu.global") == spec.consumers * BODIES
+    sums = [spec.block_m // 8, spec.block_m // 16]  # of a thread, by fours, in the wide tile and the narrow one
+    left = sorted(next(n for n in range(at) if order[at - 1 - n] != "st.global.v4.b32") for at in said)
+    assert left == sorted(2 * spec.consumers * sums)
+    assert order.count("ld.global.v4.b32") == 2 * spec.consumers * sum(sums)
+
+
+def test_kernels_that_split_nothing_know_nothing_of_parts() -> None:
+    assert not re.search(r"red\.release|ld\.acquire", compiled(spec_of(True)).asm["ptx"])

@@ -302,6 +302,7 @@ def test_names_differ_where_specs_differ() -> None:
         "overlap": not spec.overlap,
         "prefetch": 32,
         "max_registers": 99,
+        "split": True,
         "sorted_rows": True,
         "emulate": True,
     }

@@ -126,15 +126,25 @@ class Notes:
         self.launches.append((grid, arguments))
 
 
+def gathered(
+    tokens: int, k: int, dtype: torch.dtype = torch.float16, at_once: int = 132, split: bool = True
+) -> fused.GatheredTokens:
+    """Return what is gathered of tokens for kernels that launch nothing."""
+    kernel = Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, k, configs.TokenClass.MANY, H100))
+    x, counts = torch.zeros(tokens, k, dtype=dtype), torch.ones(tokens, dtype=torch.int32)
+    return fused.gather(kernel, x, counts, at_once=at_once, split=split)
+
+
 def weight(n: int, k: int, bias: bool = False) -> Weight:
     """Return a weight of n rows."""
     case = integer_case(SPEC, 1, n, k, bias=bias)
     return Weight(case.slices, case.scale, case.zero, case.bias)
 
 
-def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
+def noted(n: int, k: int, small: bool, bias: bool = False, split: bool = False) -> Notes:
     """Return the kernel for a weight, without its code."""
-    return Notes(configs.wgmma_spec(SPEC, k, H100, small=small, row_unit=fused.row_unit(n), has_bias=bias))
+    facts = {"split": split, "row_unit": fused.row_unit(n), "has_bias": bias}
+    return Notes(configs.wgmma_spec(SPEC, k, H100, small=small, **facts))
 
 
 @pytest.mark.parametrize(
@@ -155,19 +165,50 @@ def noted(n: int, k: int, small: bool, bias: bool = False) -> Notes:
 def test_programs_cover_every_group_that_can_be(tokens: int, n: int, small: bool, tiles: int) -> None:
     """Tiles of tokens, one more for each further count, times tiles of rows; narrow ones where they run at a time."""
     k = 200
-    gathered = fused.GatheredTokens(
-        torch.zeros(tokens, 256, dtype=torch.float16),
-        torch.zeros(tokens, dtype=torch.int32),
-        torch.zeros(5, dtype=torch.int32),
-    )
     kernel = noted(n, k, small)
-    y = fused.multiply(kernel, gathered, weight(n, k))
+    y = fused.multiply(kernel, gathered(tokens, k), weight(n, k))
     assert (y.shape, y.dtype) == ((tokens, n), torch.float16)
     ((found, arguments),) = kernel.launches
     assert found == (tiles * -(-n // 128),)
     assert (arguments["tiles"], arguments["at_once"]) == (tiles, 132)
     assert arguments["row_units"] * kernel.spec.row_unit == n
     assert arguments["bias_ptr"] is None
+
+
+@pytest.mark.parametrize(
+    ("k", "at_once", "programs", "slots", "split"),
+    [
+        (960, 132, 96, 66, 66),  # two parts of four tiles of 12 blocks of rows
+        (1600, 132, 108, 176, 88),  # three parts of three tiles, which are more than two of four
+        (4096, 132, 120, 176, 88),  # five of two
+        (4096, 30, 84, 40, 20),  # a full wave, and thirds of 18
+        (4096, 80, 144, 106, 53),  # thirds of 48
+        (4096, 1000, 384, 1332, 666),  # eight parts of each program
+    ],
+)
+def test_programs_and_scratch_are_enough_for_parts(k: int, at_once: int, programs: int, slots: int, split: int) -> None:
+    n, tokens = 1536, gathered(65, k, at_once=at_once)
+    kernel = noted(n, k, True, split=k > 896)
+    fused.multiply(kernel, tokens, weight(n, k))
+    ((found, arguments),) = kernel.launches
+    assert found == (programs,)
+    assert (arguments["partial_ptr"].numel(), arguments["partial_ptr"].dtype) == (slots * 256 * 128, torch.float32)
+    assert (arguments["marks_ptr"].numel(), arguments["marks_ptr"].dtype) == (split * 256, torch.int32)
+
+
+def test_room_for_parts_is_there_where_a_wave_may_not_be_full() -> None:
+    kernel = noted(1536, 4096, True, split=True)
+    fused.multiply(kernel, gathered(65, 4096, at_once=1), weight(1536, 4096))
+    ((found, arguments),) = kernel.launches
+    assert (found, arguments["marks_ptr"].numel()) == ((4 * 12,), 0), "a program at a time fills every wave"
+    with pytest.raises(AssertionError, match="gathered for kernels that split nothing"):
+        fused.multiply(kernel, gathered(65, 4096, split=False), weight(1536, 4096))
+
+
+def test_room_for_a_part_is_that_of_the_largest_tile() -> None:
+    split_columns = pytest.importorskip("mobiquant_compiler.codegen.split_columns")
+    kernel = noted(128, 4096, False)
+    assert split_columns.SLOT.value == fused._SLOT == kernel.spec.block_m * kernel.spec.block_n
 
 
 def test_words_that_are_not_aligned_are_copied() -> None:
@@ -177,8 +218,7 @@ def test_words_that_are_not_aligned_are_copied() -> None:
     moved = Weight(memory[1:].view(one.slices.shape), one.scale, one.zero, None)
     assert moved.slices.data_ptr() % 16
     kernel = noted(16, k, True)
-    gathered = fused.GatheredTokens(torch.zeros(1, 128), torch.zeros(1, dtype=torch.int32), torch.zeros(5))
-    fused.multiply(kernel, gathered, moved)
+    fused.multiply(kernel, gathered(1, k), moved)
     handed = kernel.launches[0][1]["slices_ptr"]
     assert handed.data_ptr() % 16 == 0
     assert torch.equal(handed, one.slices.view(-1, k // 16)), "a row of words for each of a slice"
@@ -218,23 +258,46 @@ def test_launches_list_their_kernels(
     assert Family.SLICED_WGMMA not in {kernel.family for kernel in kernels_of(one, target, many, workspace=False)}
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "parts", "facts", "splits"),
+    [
+        (4096, 4096, 1, {}, (True,)),
+        (4104, 4096, 1, {}, (False,)),
+        (4096, 896, 1, {}, (False,)),
+        (4096, 4096, 3, {}, (True,)),
+        (8192, 4096, 3, {}, (False, True)),
+        (8192, 4096, 3, {"split": True}, (True,)),
+        (8192, 4096, 3, {"split": False}, (False,)),
+        (8192, 896, 3, {}, (False,)),
+    ],
+)
+def test_a_launch_knows_whether_its_kernels_are_split(
+    n: int, k: int, parts: int, facts: dict[str, bool], splits: tuple[bool, ...]
+) -> None:
+    """As wiring will choose for each weight; of some of unknown rows, some may be and some not."""
+    one = Launch(SPEC, n, k, torch.device("cuda"), torch.bfloat16, parts=parts, row_unit=8, **facts)
+    assert one.splits == splits
+    found = kernels_of(one, H100, [configs.TokenClass.MANY], workspace=True)
+    assert {kernel.split for kernel in found if kernel.family is Family.SLICED_WGMMA} == set(splits)
+
+
 @pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize(("prefill", "groups"), [(Prefill.ROUTED, 4), (Prefill.FULL, 1)], ids=str)
 def test_tiles_are_chosen_for_as_many_counts_as_tokens_can_have(
     prefill: Prefill, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, int, int]] = []
+    asked: list[tuple[int, ...]] = []
     k, tokens = 4096, MANY
     gather = Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, k, configs.TokenClass.MANY, H100))
     monkeypatch.setattr(wiring, "target_of", lambda device: H100)
     monkeypatch.setattr(wiring, "gather_kernel", lambda *args: gather)
     monkeypatch.setattr(wiring, "path_of", lambda *args: Path.FUSED)
-    monkeypatch.setattr(wiring, "fused_kernel", lambda *args, small, **facts: noted(16, k, small))
+    monkeypatch.setattr(wiring, "fused_kernel", lambda *args, small, split, **facts: noted(16, k, small, split=split))
     monkeypatch.setattr(wiring, "fused_is_small", lambda *args: asked.append(args) or True)
     one, x = weight(16, k), torch.zeros(tokens, k, dtype=torch.bfloat16)
     counts = torch.full((tokens,), 4, dtype=torch.int32)
     wiring.routed_linears(x, counts, [one.slices], [one.scale], [one.zero], [None], SPEC, prefill=prefill)
-    assert asked == [(tokens, 16, groups)]
+    assert asked == [(tokens, 16, k, groups)]
 
 
 def test_rows_that_a_table_leaves_out_never_take_it() -> None:

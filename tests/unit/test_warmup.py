@@ -246,7 +246,7 @@ class TestWarmup:
         args, kwargs = warmed[-1]
         assert args == (SPEC, 192, 64, torch.float32, GPU)
         wanted = {"scale_dtype": torch.float16, "bias_dtype": None, "parts": 2, "max_tokens": 16}
-        assert kwargs == wanted | {"activation": Activation.A16, "hidden": 0, "units": (8,)}
+        assert kwargs == wanted | {"activation": Activation.A16, "hidden": 0, "units": (8,), "splits": (False,)}
         assert str(report).startswith("5 kinds of launches, 5 new kernels, 15 new binaries in ")
         assert report.to_dict()["files"][0] == "kernel1"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mobiquant_compiler.codegen import boxes, configs, specialise
-from mobiquant_compiler.codegen.configs import Target, fits, wgmma_is_small, wgmma_spec
+from mobiquant_compiler.codegen.configs import Target, fits, wgmma_is_small, wgmma_is_split, wgmma_spec
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.runtime.fused import takes_columns, takes_slices
 from mobiquant_compiler.spec import Layout, SliceSpec
@@ -57,19 +57,48 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "n", "slices", "small"),
+    ("tokens", "n", "k", "slices", "small"),
     [
-        (65, 4096, 4, True),
-        (256, 4096, 4, True),
-        (256, 4096, 1, True),
-        (512, 4096, 4, False),
-        (1024, 4096, 4, False),
-        (128, 28672, 4, True),
-        (256, 28672, 4, True),
-        (256, 28672, 1, False),
-        (256, 14336, 4, False),
+        (65, 4096, 896, 4, True),
+        (256, 4096, 896, 4, True),
+        (256, 4096, 896, 1, True),
+        (512, 4096, 896, 4, False),
+        (1024, 4096, 896, 4, False),
+        (128, 28672, 8192, 4, True),
+        (256, 28672, 8192, 4, True),
+        (256, 28672, 8192, 1, False),
+        (256, 14336, 4096, 4, False),
+        (65, 4096, 4096, 4, True),
+        (256, 4096, 4096, 4, True),
+        (256, 4096, 4096, 1, True),
+        (512, 4096, 4096, 4, False),
+        (1024, 4096, 14336, 4, False),
     ],
 )
-def test_small_tiles_are_for_few_programs(tokens: int, n: int, slices: int, small: bool) -> None:
+def test_small_tiles_are_for_few_programs(tokens: int, n: int, k: int, slices: int, small: bool) -> None:
     """As measured on an H100, tokens alike and mixed together, or alike alone where they cannot differ."""
-    assert wgmma_is_small(tokens, n, slices) is small
+    assert wgmma_is_small(tokens, n, k, slices) is small
+
+
+def test_weights_of_few_rows_are_split() -> None:
+    """Where columns are enough for two parts."""
+    assert wgmma_is_split(4096, 14336)
+    assert wgmma_is_split(8, 1024)
+    assert not wgmma_is_split(4104, 14336)
+    assert not wgmma_is_split(8, 896)
+
+
+def test_what_columns_are_too_few_for_is_refused() -> None:
+    with pytest.raises(BadKernelSpec, match="split"):
+        wgmma_spec(SliceSpec(), 896, Target.of(90), small=True, split=True)
+
+
+def test_a_wave_that_is_split_counts_for_its_share() -> None:
+    """And what parts take that are added; one that is more than two thirds full counts in full."""
+    cost = configs._waves_cost
+    assert cost(132, 4096, 40.0, 2.0) == 40.0
+    assert cost(132 + 60, 4096, 40.0, 2.0) == 40.0 + 20.0 + 2.0
+    assert cost(132 + 88, 4096, 60.0, 2.0) == pytest.approx(60.0 + 40.0 + 4.0)
+    assert cost(132 + 89, 4096, 40.0, 2.0) == 80.0
+    assert cost(3, 4096, 40.0, 2.0) == 5.0 + 14.0
+    assert cost(3, 896, 40.0, 2.0) == 40.0

@@ -26,15 +26,17 @@ def places_of(counts_ptr, token, count, tokens, NUM_SLICES: tl.constexpr, BLOCK_
     return place
 
 
-@triton.jit(do_not_specialize=("x_ptr", "counts_ptr", "tokens", "columns"))
+@triton.jit(do_not_specialize=("x_ptr", "counts_ptr", "tokens", "columns", "marks"))
 def gather_tokens(
     x_ptr,
     counts_ptr,
     rows_ptr,
     offsets_ptr,
     gathered_ptr,
+    marks_ptr,
     tokens,
     columns,
+    marks,
     NUM_SLICES: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -46,7 +48,8 @@ def gather_tokens(
 
     Shapes: x [tokens, columns]; counts int32 [tokens], values outside 1 .. NUM_SLICES count as the nearest; rows int32
         [tokens], where each sorted token came from; offsets int32 [NUM_SLICES + 1], where groups begin and end;
-        gathered [tokens, K_PADDED rounded up to 128], columns as `operands.column_of` says, zero past the last one.
+        gathered [tokens, K_PADDED rounded up to 128], columns as `operands.column_of` says, zero past the last one;
+        marks_ptr int32 [marks], zeros: of parts of sums, of which none is there yet.
         Grid: (ceil(tokens / BLOCK_M),).
     """
     tl.static_assert(K_PADDED > 0, "there are columns")
@@ -74,6 +77,9 @@ def gather_tokens(
             BLOCK_W=BLOCK_W,
         )
         tl.store(offsets_ptr + groups, ends, mask=groups <= NUM_SLICES)
+    for start in range(tl.program_id(0) * BLOCK_W, marks, tl.num_programs(0) * BLOCK_W):
+        mark = start + tl.arange(0, BLOCK_W)
+        tl.store(marks_ptr + mark, tl.zeros([BLOCK_W], tl.int32), mask=mark < marks)
     WIDTH: tl.constexpr = (K_PADDED + 127) // 128 * 128
     for start in range(0, WIDTH, BLOCK_W):
         to = start + tl.arange(0, BLOCK_W)

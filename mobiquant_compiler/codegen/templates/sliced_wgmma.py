@@ -3,16 +3,16 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mobiquant_compiler.codegen import sorted_tiles
+from mobiquant_compiler.codegen import sorted_tiles, split_columns
 
 
 @gluon.jit
-def narrow_tiles(offsets_ptr, NUM_SLICES: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Return how many tiles there are if all are narrow, of half of BLOCK_M tokens."""
+def count_tiles(offsets_ptr, NUM_SLICES: gl.constexpr, TOKENS: gl.constexpr):
+    """Return how many tiles there are of TOKENS tokens."""
     tiles = gl.to_tensor(0)
     for index in gl.static_range(NUM_SLICES):
         size = gl.load(offsets_ptr + index + 1) - gl.load(offsets_ptr + index)
-        tiles += (size + BLOCK_M // 2 - 1) // (BLOCK_M // 2)
+        tiles += (size + TOKENS - 1) // TOKENS
     return tiles
 
 
@@ -53,6 +53,8 @@ def sliced_wgmma(
     zero_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    marks_ptr,
     tiles,
     at_once,
     row_units,
@@ -69,23 +71,28 @@ def sliced_wgmma(
     NUM_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     ROW_UNIT: gl.constexpr,
+    MOST_PARTS: gl.constexpr,
 ):
     """Multiply tokens, grouped by slice count, by a weight of which each uses the slices that its count says.
 
     A program has up to BLOCK_M tokens of one count, which it finds in the offsets, and BLOCK_N output rows, 64 for each
     of two warpgroups. Programs that follow one another share BLOCK_W tiles of tokens, which stay in the L2 cache while
     weights stream by. A tile of at most half as many tokens takes products of half as many columns, and all tiles do
-    where programs of those are no more than run at a time.
+    where programs of those are no more than run at a time. Instead, with MOST_PARTS above 1, programs that do not fill
+    their last wave over the multiprocessors are split along the columns, as `split_columns.share_of` says.
 
     Shapes: x [T, K_PADDED rounded up to 128], tokens in the order of their counts, columns as `operands.column_of`
         says, described in boxes of BLOCK_M and of half of it, by 64 columns; rows int32 [T], where each came from;
-        offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of BLOCK_N
-        by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is ``row_units
-        ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as there are;
-        at_once, programs that run at a time. Grid: (tiles ceil(n_rows / BLOCK_N),).
+        offsets int32 [NUM_SLICES + 1]; slices int32 [NUM_SLICES n_rows, K_PADDED / 16], described in boxes of
+        BLOCK_N by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is
+        ``row_units ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as
+        there are, where none is split; at_once, programs that run at a time; where some are, partial float32
+        [parts, 256 128], sums of all parts but the last of each tile; marks int32 [tiles that are split, 256], zero
+        before and afterwards. Grid: (tiles ceil(n_rows / BLOCK_N),), or at least as many as programs and their
+        parts.
     Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
-        scale and second term are rounded (`operands.grid_of`), their sum once more; sums are float32, and rounded once
-        with the bias.
+        scale and second term are rounded (`operands.grid_of`), their sum once more; sums, and sums of parts, are
+        float32, and rounded once with the bias.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")
@@ -96,14 +103,28 @@ def sliced_wgmma(
     gl.static_assert(NUM_STAGES >= 2, "one stage is read while others are written")
     n_rows = row_units * ROW_UNIT
     blocks = (n_rows + BLOCK_N - 1) // BLOCK_N
-    band = gl.program_id(0) // (BLOCK_W * blocks)
-    inside = gl.program_id(0) - band * (BLOCK_W * blocks)
-    across = gl.minimum(tiles - band * BLOCK_W, BLOCK_W)
+    if MOST_PARTS == 1:
+        number, made, share = gl.program_id(0), tiles, ()
+        narrow_ones = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, TOKENS=BLOCK_M // 2)
+        halved = narrow_ones * blocks <= at_once
+    else:
+        # The compiler must not know the number of steps: it would unroll a single one.
+        steps = (K_PADDED + 127) // 128 + (n_rows >> 31)
+        made = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, TOKENS=BLOCK_M)
+        number, share = split_columns.share_of(gl.program_id(0), made * blocks, at_once, steps, MOST_PARTS)
+        halved = made < 0
+    band = number // (BLOCK_W * blocks)
+    inside = number - band * (BLOCK_W * blocks)
+    across = gl.minimum(made - band * BLOCK_W, BLOCK_W)
+    if MOST_PARTS > 1:
+        across = gl.maximum(across, 1)
     first_row = inside // across * BLOCK_N
-    halved = narrow_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, BLOCK_M=BLOCK_M) * blocks <= at_once
+    tile = band * BLOCK_W + inside % across
+    if MOST_PARTS > 1:
+        tile = gl.where(number < made * blocks, tile, made)
     found, first, end = find_tile(
         offsets_ptr=offsets_ptr,
-        tile=band * BLOCK_W + inside % across,
+        tile=tile,
         halved=halved,
         NUM_SLICES=NUM_SLICES,
         BLOCK_M=BLOCK_M,
@@ -111,6 +132,7 @@ def sliced_wgmma(
     narrow = (halved | (end - first <= BLOCK_M // 2)).to(gl.int32)
     weight = (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else scale_ptr)
     place = (first, end, first_row, n_rows)
+    scratch = (partial_ptr, marks_ptr) if MOST_PARTS > 1 else ()
     # One condition in the other: the two of them joined by `&` cost ten instructions a step in the bodies (ptxas).
     for shrink in gl.static_range(2):
         if narrow == shrink:
@@ -122,6 +144,8 @@ def sliced_wgmma(
                         rows_ptr,
                         y_ptr,
                         place,
+                        share,
+                        scratch,
                         count,
                         BLOCK_M >> shrink,
                         GROUP,
