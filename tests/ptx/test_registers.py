@@ -192,14 +192,15 @@ def test_alike_tokens_ask_for_activations_as_early(k: int, cuobjdump: str) -> No
         assert sum("LDG.E.128 " in i for i in before) >= 5 * groups, f"{slices} slices: halves, steps and shifts"
 
 
-def test_bodies_of_short_chains_are_told_apart_in_registers(cuobjdump: str) -> None:
+@pytest.mark.parametrize(("n", "k", "most"), [(4096, 4096, 0), (8192, 28672, 4)])
+def test_bodies_of_short_and_long_chains_are_told_apart_in_registers(n: int, k: int, most: int, cuobjdump: str) -> None:
     """Local memory comes from far away at first, whoever wrote it."""
-    spec = multiply_spec(SliceSpec(), 4096, TokenClass.FEW, Target.of(90), n=4096)
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=n)
     sass = disassembled(spec, 90, cuobjdump, "-sass")
     ends = re.split(r"\bEXIT\b", "\n".join(match[2] for line in sass.splitlines() if (match := ADDRESS.match(line))))
     bodies = [part.splitlines() for part in ends if "IMMA" in part]
     assert len(bodies) == 7, "each ends the program"
-    assert [spills(body) for body in bodies] == [(0, 0)] * 7
+    assert max(sum(spills(body)) for body in bodies) <= most
 
 
 def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:

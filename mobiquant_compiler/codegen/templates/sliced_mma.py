@@ -61,9 +61,9 @@ def multiply_by_count(
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
     # ptxas keeps what tells bodies apart in local memory, whose first read comes from far away, unless nothing stands
-    # behind a body. Where chains are longer its loops then had more loads from there than that was worth (measured
-    # when unlike tokens went group by group).
-    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and K_PADDED <= 32 * GROUP and not EMULATE
+    # behind a body. Chains of three to eight steps are left as they are: their loops then have more loads from there
+    # than that is worth.
+    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and (K_PADDED <= 32 * GROUP or K_PADDED > 128 * GROUP) and not EMULATE
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):
