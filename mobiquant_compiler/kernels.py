@@ -206,6 +206,12 @@ def fused_is_split(n: int, k: int) -> bool:
     return configs.wgmma_is_split(n, k)
 
 
+def fused_splits(n: int, k: int, parts: int) -> tuple[bool, ...]:
+    """Return whether fused kernels of a launch are split, given the rows of all its weights: some of several may be."""
+    alone = fused_is_split(n, k)
+    return (False, True) if parts > 1 and not alone and fused_is_split(1, k) else (alone,)
+
+
 @cache
 def gluon_refusal() -> str | None:
     """Return why kernels written in Gluon cannot be compiled here, None where they can."""

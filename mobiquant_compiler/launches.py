@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mobiquant_compiler.errors import NotElastic
-from mobiquant_compiler.kernels import fused_is_split, router_spec
+from mobiquant_compiler.kernels import fused_is_split, fused_splits, router_spec
 from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.weights import BOUND
@@ -60,10 +60,7 @@ class Launch:
     @property
     def splits(self) -> tuple[bool, ...]:
         """Whether its fused kernels are split, both where linears differ."""
-        alone = fused_is_split(self.n, self.k)
-        if self.split is None and self.parts > 1 and not alone and fused_is_split(1, self.k):
-            return False, True
-        return (alone if self.split is None else self.split,)
+        return fused_splits(self.n, self.k, self.parts) if self.split is None else (self.split,)
 
     @property
     def row_units(self) -> tuple[int, ...]:

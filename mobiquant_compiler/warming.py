@@ -14,7 +14,7 @@ from mobiquant_compiler.routing import idle_router, prepare, route
 from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec, most_parts
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
 
 
 def warm_kernels(
@@ -31,7 +31,7 @@ def warm_kernels(
     activation: Activation = Activation.A16,
     hidden: int = 0,
     units: Sequence[int] | None = None,
-    splits: Sequence[bool] = (False, True),
+    splits: Sequence[bool] | None = None,
 ) -> int:
     """Compile and load every kernel that a launch needs, so that none is compiled while a graph is captured.
 
@@ -50,7 +50,7 @@ def warm_kernels(
         activation: Fixed-point width of activations.
         hidden: Hidden units of the trained router that the launch asks, 0 of a data-free one.
         units: Row units of kernels that the launch can take (`Launch.row_units`); all that `n` allows by default.
-        splits: Whether fused kernels split programs of their last wave (`Launch.splits`).
+        splits: Whether fused kernels split programs of their last wave (`Launch.splits`); as `n` says by default.
 
     Returns:
         How many kernels were run.
@@ -64,6 +64,7 @@ def warm_kernels(
     weights = [Weight(slices, scale, scale, bias)] * parts
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
     units = fused.row_units(n, parts) if units is None else units
+    splits = kernels.fused_splits(n, k, parts) if splits is None else splits
     launched = sum(
         _warm_call(
             *(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden),
@@ -157,9 +158,8 @@ def _warm_fused(
     """Run the kernels that make weights in registers, of both tiles; returns how many."""
     k, target = x.shape[-1], target_of(x.device)
     tokens = fused.gather(gather_kernel(spec, k, target), x, counts)
-    made = [split for split in splits if not split or most_parts(spec.padded(k)) > 1]
-    for unit, split, small in product(units, made, (True, False)):
+    for unit, split, small in product(units, splits, (True, False)):
         weight = _of_rows(weights[0], unit, spec, k)
         facts = {"row_unit": unit, "has_bias": weight.bias is not None}
         fused.multiply(fused_kernel(spec, k, target, small=small, split=split, **facts), tokens, weight)
-    return 1 + 2 * len(made) * len(units)
+    return 1 + 2 * len(splits) * len(units)

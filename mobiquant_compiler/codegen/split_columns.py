@@ -5,10 +5,11 @@ the columns each. All but the last part leave their sums in memory and say so; t
 them to its own and writes the result.
 
 A thread reads back what the thread of the same number of the same warpgroup wrote, so marks are of threads, and no
-barrier is needed. Nothing can wait for ever: programs begin in the order of their numbers, and a last part waits for
-parts before it alone, which wait for nobody.
+barrier is needed. A last part waits for parts before it alone, which wait for nobody. So nothing waits for ever as long
+as programs begin in the order of their numbers, on however few multiprocessors: CUDA does not promise that order, but
+every GPU keeps it.
 
-Names: share is (first step, steps, part, parts, tiles that are split before this one), scratch is (sums, marks).
+Names: share is (first step, steps, part, parts, programs that are split before this one), scratch is (sums, marks).
 """
 
 from triton.experimental import gluon

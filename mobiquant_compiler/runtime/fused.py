@@ -45,7 +45,8 @@ class GatheredTokens:
         offsets: int32 [E + 1], on the device; tokens of count c are ``offsets[c - 1] : offsets[c]``.
         at_once: Programs of `multiply` that run at a time: those that do not fill their last wave are split, or tiles
             have half the tokens where as many are enough.
-        partial: float32, room for the sums of parts; linears take it one after the other, as they do `marks`.
+        partial: float32, room for the sums of parts, 128 KB each (some MB where a linear is split); linears take it one
+            after the other, as they do `marks`.
         marks: int32, zeros before and after each linear: what says that parts are there.
     """
 
@@ -108,7 +109,12 @@ def row_unit(n: int) -> int:
 
 
 def gather(
-    kernel: LaunchableKernel, x: Tensor, counts: Tensor, *, split: bool = True, at_once: int | None = None
+    kernel: LaunchableKernel,
+    x: Tensor,
+    counts: Tensor,
+    *,
+    room: tuple[int, int] | None = None,
+    at_once: int | None = None,
 ) -> GatheredTokens:
     """Bring tokens of equal slice count together, in their order, and their columns into the order of operands.
 
@@ -116,7 +122,7 @@ def gather(
         kernel: gather_tokens.
         x: [T, K].
         counts: int32, T of them in any shape; values outside 1..E count as the nearest.
-        split: Whether there is a kernel of `multiply` that splits programs of a last wave, and needs room for parts.
+        room: For parts of programs that kernels of `multiply` split: `room_for_parts`; as much as any needs by default.
         at_once: Programs of `multiply` that run at a time, the device's multiprocessors by default.
     """
     spec, (tokens, columns) = kernel.spec, x.shape
@@ -126,9 +132,9 @@ def gather(
     rows = torch.empty(tokens, dtype=torch.int32, device=x.device)
     offsets = torch.empty(len(spec.widths) + 1, dtype=torch.int32, device=x.device)
     at_once = multiprocessors(x.device) if at_once is None else at_once
-    slots, tiles = scratch_of(spec.k, at_once) if split else (0, 0)
+    slots, programs = most_room(spec.k, at_once) if room is None else room
     partial = torch.empty(slots * _SLOT, dtype=torch.float32, device=x.device)
-    marks = torch.empty(tiles * _THREADS, dtype=torch.int32, device=x.device)
+    marks = torch.empty(programs * _THREADS, dtype=torch.int32, device=x.device)
     kernel.launch(
         (ceil_div(tokens, spec.block_m),),
         x_ptr=x.contiguous(),
@@ -144,11 +150,11 @@ def gather(
     return GatheredTokens(gathered, rows, offsets, at_once, partial, marks)
 
 
-def scratch_of(k: int, at_once: int) -> tuple[int, int]:
-    """Return how many parts leave their sums at most, and how many tiles are split at most.
+def most_room(k: int, at_once: int) -> tuple[int, int]:
+    """Return how many parts leave their sums at most, and how many programs are split at most, whatever the shapes.
 
-    Of a tile that is split into S parts S - 1 leave something. Parts are as many as run at a time or fewer, but thirds,
-    which may be twice as many.
+    Of a program that is split into S parts S - 1 leave something. Parts are as many as run at a time or fewer, but
+    thirds, which may be twice as many.
     """
     parts = most_parts(k)
     if parts < 3:
@@ -173,8 +179,9 @@ def multiply(kernel: LaunchableKernel, tokens: GatheredTokens, weight: Weight) -
     facts = (tokens.tokens, len(spec.widths), spec.block_m)
     tiles = most_tiles(*facts, tokens.at_once // blocks)
     programs = most_programs(*facts, blocks, tokens.at_once, spec.k) if spec.split else tiles * blocks
-    room = scratch_of(spec.k, tokens.at_once)[1] if spec.split else 0  # none where waves are always full
-    assert tokens.marks.numel() >= room * _THREADS, "tokens were gathered for kernels that split nothing"
+    slots, split = _room_of(kernel, weight, tokens.tokens, tokens.at_once)
+    enough = tokens.partial.numel() >= slots * _SLOT and tokens.marks.numel() >= split * _THREADS
+    assert enough, "tokens were gathered for kernels that split less, or nothing"
     kernel.launch(
         (programs,),
         x_ptr=tokens.x,
@@ -216,6 +223,28 @@ def most_programs(tokens: int, groups: int, block_m: int, blocks: int, at_once: 
     return max(whole + rest * parts for whole, rest, parts in waves)
 
 
+@lru_cache(maxsize=1024)
+def room_for_parts(tokens: int, groups: int, block_m: int, blocks: int, at_once: int, k: int) -> tuple[int, int]:
+    """Return how much room parts take at most, of the programs that `most_programs` counts.
+
+    Returns:
+        Parts that leave their sums, 128 KB each, and programs that are split.
+    """
+    least = ceil_div(tokens, block_m)
+    waves = (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
+    cut = [(rest, parts) for _, rest, parts in waves if parts > 1]
+    return max((rest * (parts - 1) for rest, parts in cut), default=0), max((rest for rest, _ in cut), default=0)
+
+
+def _room_of(kernel: LaunchableKernel, weight: Weight, tokens: int, at_once: int) -> tuple[int, int]:
+    """Return the room that parts take where `kernel` multiplies tokens by a weight."""
+    spec = kernel.spec
+    if not spec.split:
+        return 0, 0
+    blocks = ceil_div(weight.rows, spec.block_n)
+    return room_for_parts(tokens, len(spec.widths), spec.block_m, blocks, at_once, spec.k)
+
+
 def fused_linears(
     gather_kernel: LaunchableKernel,
     kernel_of: Callable[[Weight, int], LaunchableKernel],
@@ -240,6 +269,8 @@ def fused_linears(
         return [x.new_empty(*x.shape[:-1], weight.rows) for weight in weights]
     with torch.cuda.device_of(x):
         kernels = [kernel_of(weight, flat.shape[0]) for weight in weights]
-        tokens = gather(gather_kernel, flat, counts, split=any(kernel.spec.split for kernel in kernels))
-        found = [multiply(kernel, tokens, weight) for kernel, weight in zip(kernels, weights, strict=True)]
+        pairs = list(zip(kernels, weights, strict=True))
+        rooms = [_room_of(*pair, flat.shape[0], multiprocessors(x.device)) for pair in pairs]
+        tokens = gather(gather_kernel, flat, counts, room=(max(r[0] for r in rooms), max(r[1] for r in rooms)))
+        found = [multiply(kernel, tokens, weight) for kernel, weight in pairs]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mobiquant_compiler import warming, wiring
 from mobiquant_compiler.codegen import cache
-from mobiquant_compiler.kernels import fused_kernel, gather_kernel
+from mobiquant_compiler.kernels import fused_is_split, fused_kernel, gather_kernel
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import Prefill, SliceSpec, most_parts
@@ -123,8 +123,9 @@ def test_counts_that_no_token_has(counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
-def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    case = random_case(SPECS[0], 1000, 264, 512, dtype=dtype, scale_dtype=scale_dtype, device="cuda")
+@pytest.mark.parametrize("k", [512, 1024])
+def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype, k: int) -> None:
+    case = random_case(SPECS[0], 1000, 264, k, dtype=dtype, scale_dtype=scale_dtype, device="cuda")
     wanted = case.expected()
     atol, rtol, _ = WORKSPACE_TOLERANCES[dtype]
     for small, at_once in TILES:
@@ -134,12 +135,15 @@ def test_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
         assert (y.double() - wanted).norm() <= FUSED_RMS[dtype] * wanted.norm()
 
 
+@pytest.mark.parametrize(("n", "split"), [(4088, True), (4090, True), (4104, False)])
 @pytest.mark.parametrize("tokens", [2000, 500, 250])
-def test_large_products_in_the_tiles_that_calls_take(tokens: int) -> None:
-    case = random_case(SPECS[0], tokens, 4104, 4096, dtype=torch.bfloat16, device="cuda")
-    check(run(case), case)
-    case.counts.fill_(3)
-    check(run(case), case)
+def test_large_products_in_the_tiles_that_calls_take(tokens: int, n: int, split: bool) -> None:
+    """On 132 multiprocessors 2000 tokens of two counts are full waves and a rest in parts, 500 alike ones two parts."""
+    assert fused_is_split(n, 4096) is split
+    case = random_case(SPECS[0], tokens, n, 4096, dtype=torch.bfloat16, device="cuda")
+    for counts in ((1, 2, 3, 4), (1, 4, 4), (3,)):
+        case.counts.copy_(torch.tensor(counts).repeat(tokens)[:tokens])
+        check(run(case), case)
 
 
 @pytest.mark.parametrize(("small", "at_once"), TILES)
@@ -155,18 +159,20 @@ def test_a_call_gives_the_same_bits_every_time(small: bool, at_once: int) -> Non
         assert torch.equal(run(case, small, at_once), first)
 
 
-@pytest.mark.parametrize("k", [256, 2048])
+@pytest.mark.parametrize("k", [256, 4096])
 def test_linears_that_share_their_tokens(k: int) -> None:
-    """And marks, one after the other, of 2048 columns: 1, 2 and 32 blocks of rows in up to eight parts."""
-    cases = [random_case(SPECS[0], 130, n, k, dtype=torch.bfloat16, seed=n, device="cuda") for n in (64, 203, 4096, 64)]
+    """And marks, one after the other, of 4096 columns: 1, 2 and 32 blocks of rows in up to eight parts, 33 whole."""
+    rows = (64, 203, 4096, 4104, 64)
+    cases = [random_case(SPECS[0], 130, n, k, dtype=torch.bfloat16, seed=n, device="cuda") for n in rows]
     cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
     weights = [Weight(*case.arguments[2:]) for case in cases]
     for y, case in zip(wiring.by_fused(cases[0].x, cases[0].counts, weights, SPECS[0]), cases, strict=True):
         check(y, case)
 
 
-def test_values_that_are_not_finite_reach_their_token_only() -> None:
-    case = random_case(SPECS[0], 200, 256, 512, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("k", [512, 2048])
+def test_values_that_are_not_finite_reach_their_token_only(k: int) -> None:
+    case = random_case(SPECS[0], 200, 256, k, dtype=torch.bfloat16, device="cuda")
     case.x[17, 5] = NAN
     y = run(case)
     assert y[17].isnan().all()
@@ -191,19 +197,21 @@ def test_activations_that_are_not_contiguous() -> None:
     check(run(replace(case, x=wide[:, 3:259])), case)
 
 
+@pytest.mark.parametrize("k", [256, 2048])
 @pytest.mark.parametrize("tokens", [65, 1000])
-def test_nothing_waits_for_the_device(tokens: int) -> None:
-    case = random_case(SPECS[0], tokens, 513, 256, dtype=torch.bfloat16, device="cuda")
+def test_nothing_waits_for_the_device(tokens: int, k: int) -> None:
+    case = random_case(SPECS[0], tokens, 513, k, dtype=torch.bfloat16, device="cuda")
     weights = [Weight(*case.arguments[2:])]
     wiring.by_fused(case.x, case.counts, weights, case.spec)  # what is compiled or loaded once may wait
     with waiting.is_an_error():
         wiring.by_fused(case.x, case.counts, weights, case.spec)
 
 
-@pytest.mark.parametrize("k", [512, 2048])
-@pytest.mark.parametrize(("tokens", "n"), [(65, 520), (1000, 520), (250, 4104), (500, 4104)])
+@pytest.mark.parametrize("k", [512, 4096])
+@pytest.mark.parametrize(("tokens", "n"), [(65, 520), (1000, 520), (250, 4088), (500, 4088), (500, 4104)])
 def test_a_captured_graph_follows_counts(tokens: int, n: int, k: int) -> None:
-    """So many programs, of 2048 columns, that some counts have their last wave split, in parts that counts decide."""
+    """So many programs, of 4096 columns, that some counts have their last wave split, in parts that counts decide."""
+    assert fused_is_split(n, k) is (n <= 4096 and k == 4096)
     case = random_case(SPECS[0], tokens, n, k, dtype=torch.bfloat16, device="cuda")
     weights = [Weight(*case.arguments[2:])]
     wiring.by_fused(case.x, case.counts, weights, case.spec)
@@ -220,8 +228,9 @@ def test_a_captured_graph_follows_counts(tokens: int, n: int, k: int) -> None:
 
 
 def test_two_calls_in_one_graph() -> None:
-    """Each has marks of its own, whose zeros the graph writes; 33 by 1 to 3 tiles are split into four to one parts."""
-    cases = [random_case(SPECS[0], 250, 4104, 4096, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2)]
+    """Each has marks of its own, whose zeros the graph writes; 32 by 1 to 4 tiles are split into four to one parts."""
+    assert fused_is_split(4088, 4096)
+    cases = [random_case(SPECS[0], 250, 4088, 4096, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2)]
     weights = [[Weight(*case.arguments[2:])] for case in cases]
     for case, weight in zip(cases, weights, strict=True):
         wiring.by_fused(case.x, case.counts, weight, case.spec)
@@ -241,6 +250,25 @@ def test_two_calls_in_one_graph() -> None:
         assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 
+def test_two_streams() -> None:
+    """Programs of two calls share the multiprocessors, so parts of either wait longer; none gets in the other's way."""
+    assert fused_is_split(2048, 4096)
+    cases = [random_case(SPECS[0], 250, 2048, 4096, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2)]
+    alone, streams = [run(case) for case in cases], [torch.cuda.Stream(), torch.cuda.Stream()]
+    for case, y in zip(cases, alone, strict=True):
+        check(y, case)
+    weights = [[Weight(*case.arguments[2:])] for case in cases]
+    torch.cuda.synchronize()
+    found: list[list[Tensor]] = [[], []]
+    for _ in range(20):
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                case = cases[number]
+                found[number] += wiring.by_fused(case.x, case.counts, weights[number], case.spec)
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, alone[number]) for number in (0, 1) for y in found[number])
+
+
 def test_rows_that_cannot_be_copied_take_another_way() -> None:
     """An odd number of groups of 32 columns; nothing is compiled that cannot run, and nothing after warming."""
     spec, k = SPECS[2], 96
@@ -256,9 +284,10 @@ def test_rows_that_cannot_be_copied_take_another_way() -> None:
     assert cache.compiled_kernels() == before
 
 
-def test_calls_take_this_way_and_warmed_ones_compile_nothing() -> None:
-    case = random_case(SPECS[0], 300, 264, 384, dtype=torch.bfloat16, device="cuda")
-    warming.warm_kernels(SPECS[0], 264, 384, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
+@pytest.mark.parametrize(("n", "k"), [(264, 384), (264, 1024), (4104, 1024)])
+def test_calls_take_this_way_and_warmed_ones_compile_nothing(n: int, k: int) -> None:
+    case = random_case(SPECS[0], 300, n, k, dtype=torch.bfloat16, device="cuda")
+    warming.warm_kernels(SPECS[0], n, k, torch.bfloat16, "cuda", bias_dtype=torch.bfloat16)
     before = cache.compiled_kernels()
     for tokens in (65, 300):
         part = replace(case, x=case.x[:tokens], counts=case.counts[:tokens])

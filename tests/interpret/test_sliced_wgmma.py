@@ -48,7 +48,8 @@ def run(case: Case, small: bool, at_once: int, split: bool = False, **tile: int)
     k, weight = case.x.shape[-1], Weight(*case.arguments[2:])
     facts = {"split": split, "row_unit": fused.row_unit(weight.rows), "has_bias": weight.bias is not None}
     kernel = Emulated(replace(wgmma_spec(case.spec, k, H100, small=small, **facts), **tile))
-    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts, split=split, at_once=at_once)
+    room = fused._room_of(kernel, weight, len(case.counts), at_once)  # no more than calls give
+    tokens = fused.gather(gather_kernel(case.spec, k, H100), case.x, case.counts, room=room, at_once=at_once)
     tokens.partial.fill_(float("nan"))
     y = fused.multiply(kernel, tokens, weight)
     assert not tokens.marks.any(), "marks are as they were before"

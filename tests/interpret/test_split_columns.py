@@ -47,7 +47,7 @@ def test_parts_cover_the_columns_of_every_program_once(programs: int, at_once: i
     """In a grid as large as the launch says, or larger; numbers behind are of no program."""
     whole, rest, split_into = split_programs(programs, at_once, 128 * steps)
     grid = whole + rest * split_into
-    slots, split = fused.scratch_of(128 * steps, at_once)
+    slots, split = fused.most_room(128 * steps, at_once)
     seen: Counter[tuple[int, int]] = Counter()
     left: list[int] = []
     for program in range(grid + 5):

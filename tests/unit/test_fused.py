@@ -127,12 +127,12 @@ class Notes:
 
 
 def gathered(
-    tokens: int, k: int, dtype: torch.dtype = torch.float16, at_once: int = 132, split: bool = True
+    tokens: int, k: int, dtype: torch.dtype = torch.float16, at_once: int = 132, room: tuple[int, int] | None = None
 ) -> fused.GatheredTokens:
     """Return what is gathered of tokens for kernels that launch nothing."""
     kernel = Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, k, configs.TokenClass.MANY, H100))
     x, counts = torch.zeros(tokens, k, dtype=dtype), torch.ones(tokens, dtype=torch.int32)
-    return fused.gather(kernel, x, counts, at_once=at_once, split=split)
+    return fused.gather(kernel, x, counts, at_once=at_once, room=room)
 
 
 def weight(n: int, k: int, bias: bool = False) -> Weight:
@@ -196,13 +196,36 @@ def test_programs_and_scratch_are_enough_for_parts(k: int, at_once: int, program
     assert (arguments["marks_ptr"].numel(), arguments["marks_ptr"].dtype) == (split * 256, torch.int32)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "room"),
+    [
+        (65, 4096, 4096, (96, 64)),  # 32 programs in four parts, 64 in two; 96 and more are whole
+        (1000, 4096, 4096, (84, 60)),  # behind a wave 28 programs in four parts, 60 in two
+        (1000, 40, 4096, (49, 7)),  # seven programs in eight parts
+    ],
+)
+def test_calls_make_room_for_as_many_parts_as_there_can_be(
+    tokens: int, n: int, k: int, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever counts their tokens have, of the linear that needs most; never more than any call does."""
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 132)
+    gather = Notes(configs.kernel_spec(Family.GATHER_TOKENS, SPEC, k, configs.TokenClass.MANY, H100))
+    made = [noted(128, k, False), noted(n, k, False, split=True), noted(64, k, False, split=True)]
+    kernels = iter(made)
+    x, counts = torch.zeros(tokens, k, dtype=torch.float16), torch.ones(tokens, dtype=torch.int32)
+    fused.fused_linears(gather, lambda weight, tokens: next(kernels), x, counts, [weight(m, k) for m in (128, n, 64)])
+    ((_, arguments),) = made[1].launches
+    assert (arguments["partial_ptr"].numel(), arguments["marks_ptr"].numel()) == (room[0] * 256 * 128, room[1] * 256)
+    assert all(mine <= most for mine, most in zip(room, fused.most_room(k, 132), strict=True))
+
+
 def test_room_for_parts_is_there_where_a_wave_may_not_be_full() -> None:
     kernel = noted(1536, 4096, True, split=True)
     fused.multiply(kernel, gathered(65, 4096, at_once=1), weight(1536, 4096))
     ((found, arguments),) = kernel.launches
     assert (found, arguments["marks_ptr"].numel()) == ((4 * 12,), 0), "a program at a time fills every wave"
-    with pytest.raises(AssertionError, match="gathered for kernels that split nothing"):
-        fused.multiply(kernel, gathered(65, 4096, split=False), weight(1536, 4096))
+    with pytest.raises(AssertionError, match="gathered for kernels that split less, or nothing"):
+        fused.multiply(kernel, gathered(65, 4096, room=(0, 0)), weight(1536, 4096))
 
 
 def test_room_for_a_part_is_that_of_the_largest_tile() -> None:

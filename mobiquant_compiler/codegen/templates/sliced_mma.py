@@ -62,8 +62,9 @@ def multiply_by_count(
     BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
     # ptxas keeps what tells bodies apart in local memory, whose first read comes from far away, unless nothing stands
     # behind a body. Chains of three to eight steps are left as they are: their loops then have more loads from there
-    # than that is worth.
-    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and (K_PADDED <= 32 * GROUP or K_PADDED > 128 * GROUP) and not EMULATE
+    # than that is worth. (Longer ones were measured with groups of 128.)
+    LONG: tl.constexpr = GROUP == 128 and K_PADDED > 128 * GROUP
+    LAST: tl.constexpr = BODIES and BLOCK_M == 8 and (K_PADDED <= 32 * GROUP or LONG) and not EMULATE
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, BLOCK_M=BLOCK_M, NUM_SLICES=NUM_SLICES)
     for count in tl.static_range(1 if BODIES else NUM_SLICES, NUM_SLICES + 1):

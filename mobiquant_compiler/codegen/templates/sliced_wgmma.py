@@ -87,10 +87,10 @@ def sliced_wgmma(
         BLOCK_N by 8 words; scale, zero [n_rows, K_PADDED / GROUP]; bias [n_rows]; y [T, n_rows], written; n_rows is
         ``row_units ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time; tiles, at least as many as
         there are, where none is split; at_once, programs that run at a time; where some are, partial float32
-        [parts, 256 128], sums of all parts but the last of each tile; marks int32 [tiles that are split, 256], zero
-        before and afterwards. Grid: (tiles ceil(n_rows / BLOCK_N),), or at least as many as programs and their
+        [parts, 256 128], sums of all parts but the last of each tile; marks int32 [programs that are split, 256],
+        zero before and afterwards. Grid: (tiles ceil(n_rows / BLOCK_N),), or at least as many as programs and their
         parts.
-    Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c about the middle of the codes:
+    Numerics: weights are ``s_c (Q_c - M_c) + s_c (M_c - Z_c)`` in the dtype of x, M_c half of what codes span:
         scale and second term are rounded (`operands.grid_of`), their sum once more; sums, and sums of parts, are
         float32, and rounded once with the bias.
     """
@@ -112,7 +112,7 @@ def sliced_wgmma(
         steps = (K_PADDED + 127) // 128 + (n_rows >> 31)
         made = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, TOKENS=BLOCK_M)
         number, share = split_columns.share_of(gl.program_id(0), made * blocks, at_once, steps, MOST_PARTS)
-        halved = made < 0
+        halved = made < 0  # never: parts of the columns fill the multiprocessors
     band = number // (BLOCK_W * blocks)
     inside = number - band * (BLOCK_W * blocks)
     across = gl.minimum(made - band * BLOCK_W, BLOCK_W)

@@ -43,6 +43,7 @@ KERNELS = {
     "dequantize_sorted": kernel(Family.DEQUANTIZE, SliceSpec()),
     "gather_tokens": kernel(Family.GATHER_TOKENS, SliceSpec()),
     "fused": wgmma_spec(SliceSpec(), 4096, H100, small=False, row_unit=8),
+    "fused_split": wgmma_spec(SliceSpec(), 4096, H100, small=False, split=True, row_unit=8),
     "fused_small_tiles_bias": wgmma_spec(SliceSpec((2, 2), 32), 4096, H100, small=True, has_bias=True),
     "quantize_rows": kernel(Family.ROUTE_QUANTIZE, SliceSpec(), route=False, token_rows=True),
     "batch": batch_spec(SliceSpec(), 4096, H100, tile=BatchTile(32, 2)),
