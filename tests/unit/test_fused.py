@@ -232,6 +232,7 @@ def test_room_for_a_part_is_that_of_the_largest_tile() -> None:
     split_columns = pytest.importorskip("mobiquant_compiler.codegen.split_columns")
     kernel = noted(128, 4096, False)
     assert split_columns.SLOT.value == fused._SLOT == kernel.spec.block_m * kernel.spec.block_n
+    assert kernel.spec.consumers * 128 == fused._THREADS, "a mark for each thread of each warpgroup that multiplies"
 
 
 def test_words_that_are_not_aligned_are_copied() -> None:
