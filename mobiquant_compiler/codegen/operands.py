@@ -233,7 +233,7 @@ def weights_of(fields, exponent, grid, PAIR: gl.constexpr, COUNT: gl.constexpr, 
     if in_halves(COUNT, DTYPE):
         pair = joined_pair(fields, exponent, PAIR, DTYPE)
     else:
-        pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), 1.0 / shrink_of(COUNT, DTYPE), DTYPE)
+        pair = pair_of(fields[0], exponent, PAIR, middle_of(COUNT), 1.0 / power_of(COUNT), DTYPE)
     return scaled(pair, size, shift, DTYPE)
 
 

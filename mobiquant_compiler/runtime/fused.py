@@ -11,7 +11,7 @@ depend on its companions. The order within a part, and of parts, is fixed: a cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -215,11 +215,9 @@ def most_tiles(tokens: int, groups: int, block_m: int, together: int) -> int:
 def most_programs(tokens: int, groups: int, block_m: int, blocks: int, at_once: int, k: int) -> int:
     """Return how many programs there are at most, parts too, however many tokens each of the groups has.
 
-    Of groups that end inside a tile there is one less than there are groups. More tiles are not always more programs:
-    fewer may be split into more parts.
+    More tiles are not always more programs: fewer may be split into more parts.
     """
-    least = ceil_div(tokens, block_m)
-    waves = (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
+    waves = _waves(tokens, groups, block_m, blocks, at_once, k)
     return max(whole + rest * parts for whole, rest, parts in waves)
 
 
@@ -230,10 +228,18 @@ def room_for_parts(tokens: int, groups: int, block_m: int, blocks: int, at_once:
     Returns:
         Parts that leave their sums, 128 KB each, and programs that are split.
     """
-    least = ceil_div(tokens, block_m)
-    waves = (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
+    waves = _waves(tokens, groups, block_m, blocks, at_once, k)
     cut = [(rest, parts) for _, rest, parts in waves if parts > 1]
     return max((rest * (parts - 1) for rest, parts in cut), default=0), max((rest for rest, _ in cut), default=0)
+
+
+def _waves(tokens: int, groups: int, block_m: int, blocks: int, at_once: int, k: int) -> Iterator[tuple[int, int, int]]:
+    """Return `split_programs` of every number of tiles that tokens can make.
+
+    Of groups that end inside a tile there is one less than there are groups.
+    """
+    least = ceil_div(tokens, block_m)
+    return (split_programs(tiles * blocks, at_once, k) for tiles in range(least, least + groups))
 
 
 def _room_of(kernel: LaunchableKernel, weight: Weight, tokens: int, at_once: int) -> tuple[int, int]:
