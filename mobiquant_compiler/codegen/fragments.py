@@ -127,6 +127,26 @@ def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def load_half(ptr, mask, EMULATE: tl.constexpr):
+    """Load 16 bits a thread, zeros where the mask is false.
+
+    Shapes: ptr to anything of 16 bits, and mask [THREADS]; returns int16 [THREADS].
+    """
+    if EMULATE:
+        bits = tl.load(ptr, mask=mask, other=0).to(tl.int16, bitcast=True)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
+            "=&h,l,r",
+            [ptr.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int16,
+            is_pure=False,
+            pack=1,
+        )
+    return bits
+
+
+@triton.jit
 def filled(tensor, VALUE: tl.constexpr):
     """Return a tensor of one value as another of integers is: kernels in Gluon cannot fill one without its layout."""
     return tensor * 0 + VALUE

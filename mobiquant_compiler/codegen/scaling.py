@@ -42,6 +42,17 @@ def add_group(acc, dots, grid, step, shift):
 
 
 @triton.jit
+def load_scale(at, mask, EMULATE: tl.constexpr):
+    """Load a scale (or zero point), 0 where the mask is false: in its own dtype, of 16 or 32 bits."""
+    DTYPE: tl.constexpr = at.dtype.element_ty
+    if DTYPE.primitive_bitwidth == 16:
+        bits = fragments.load_half(at, mask, EMULATE)
+    else:
+        bits = fragments.load_words(at, mask, 1, EMULATE)[0]
+    return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def load_scales(
     ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
 ):
@@ -57,6 +68,6 @@ def load_scales(
         first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
         second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
     else:
-        first = tl.load(at, mask=pair * 2 < GROUPS, other=0.0)
-        second = tl.load(at + 1, mask=pair * 2 + 1 < GROUPS, other=0.0)
+        first = load_scale(at, pair * 2 < GROUPS, EMULATE)
+        second = load_scale(at + 1, pair * 2 + 1 < GROUPS, EMULATE)
     return first.to(tl.float32), second.to(tl.float32)

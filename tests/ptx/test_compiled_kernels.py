@@ -283,3 +283,11 @@ def test_slice_counts_are_counted_by_one_addition_a_token() -> None:
     numbers = {"route": 1, "quantize": 0, "route_and_quantize": 1, "route_by_network": 1, "route_four_by_network": 4}
     for name, number in numbers.items():
         assert len(re.findall(r"(?:atom|red)\.\S*add\S*\.u64", ptx_of(chosen(name)))) == number
+
+
+@pytest.mark.parametrize("dtypes", [None, Dtypes("fp32", "fp32")], ids=["", "scales of 32 bits"])
+@pytest.mark.parametrize("groups", [32, 35])
+def test_triton_has_few_loads_to_arrange(groups: int, dtypes: Dtypes | None) -> None:
+    """One of its passes takes time that grows with the square of their number: two minutes, of 35 groups."""
+    spec = kernel_spec(MMA, TWO, 64 * groups, MANY, Target.of(90))
+    assert compiled(spec, 90, dtypes).asm["ttir"].count("tt.load") <= 2
