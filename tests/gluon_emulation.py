@@ -159,11 +159,11 @@ class Language:
 
     def minimum(self, a: Any, b: Any) -> Value:
         """Return the smaller."""
-        return Value(torch.minimum(*torch.broadcast_tensors(*map(torch.as_tensor, (raw(a), raw(b))))))
+        return Value(torch.minimum(torch.as_tensor(raw(a)), torch.as_tensor(raw(b))))
 
     def maximum(self, a: Any, b: Any) -> Value:
         """Return the larger."""
-        return Value(torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (raw(a), raw(b))))))
+        return Value(torch.maximum(torch.as_tensor(raw(a)), torch.as_tensor(raw(b))))
 
     def max(self, value: Value, axis: int) -> Value:
         """Return the largest."""

@@ -45,47 +45,52 @@ def four_bytes(codes):
 
 
 @gluon.jit
-def operand(near, far, LAYOUT: gl.constexpr):
-    """Return operand A of 32 columns, int8 [R, 32], from two words of codes a lane; no value changes lanes."""
+def block_of(near, far):
+    """Return codes of 32 columns, int8 [R, 32], from two words of them a lane."""
     both = gl.join(four_bytes(near), four_bytes(far))  # [rows, t, byte, half]
-    columns = gl.reshape(gl.permute(both, (0, 3, 1, 2)), [near.shape[0], 32])
-    return gl.convert_layout(columns, LAYOUT, assert_trivial=True)
+    return gl.reshape(gl.permute(both, (0, 3, 1, 2)), [near.shape[0], 32])
 
 
 @gluon.jit
-def of_groups(pairs):
-    """Split [R, 2 W] into what belongs to the first and to the second group, [R, W] each."""
-    return gl.split(gl.permute(gl.reshape(pairs, [pairs.shape[0], 2, pairs.shape[1] // 2]), (0, 2, 1)))
+def operand(codes, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return operand A of a group, int8 [R, GROUP], from a lane's words of its codes; no value changes lanes."""
+    ROWS: gl.constexpr = codes[0].shape[0]
+    if GROUP == 128:
+        first = gl.join(block_of(codes[0], codes[1]), block_of(codes[4], codes[5]))
+        second = gl.join(block_of(codes[2], codes[3]), block_of(codes[6], codes[7]))
+        blocks = gl.permute(gl.join(first, second), (0, 2, 3, 1))
+    else:
+        blocks = gl.permute(gl.join(block_of(codes[0], codes[1]), block_of(codes[2], codes[3])), (0, 2, 1))
+    return gl.convert_layout(gl.reshape(blocks, [ROWS, GROUP]), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def read_words(words, slot, COUNT: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
-    """Read a lane's words of a pair of groups: for each slice those of the first group, then of the second; [R, 4]."""
-    EACH: gl.constexpr = operands.word_layout(4, WARPS)
-    found = ()
-    for index in gl.static_range(COUNT):
-        groups = of_groups(words.index(slot * COUNT + index).load(words_layout(GROUP, WARPS)))
-        for which in gl.static_range(2):
-            if GROUP == 128:
-                found = found + operands.split_words(groups[which], WARPS)
-            else:
-                found = found + (gl.convert_layout(groups[which], EACH, assert_trivial=True),)
-    return found
-
-
-@gluon.jit
-def codes_of(words, WHICH: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr, GROUP: gl.constexpr):
-    """Return a lane's codes of one group of a pair, COUNT slices from FIRST on joined: GROUP / 16 words of four codes.
+def codes_of(
+    words,
+    slot,
+    WHICH: gl.constexpr,
+    FIRST: gl.constexpr,
+    COUNT: gl.constexpr,
+    SLICES: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Read a lane's codes of one group of a pair, COUNT of SLICES slices from FIRST on joined: words of four codes.
 
     Products take signed bytes: codes of eight bits are returned less 128.
     """
-    EACH: gl.constexpr = GROUP // 64
+    EACH: gl.constexpr = GROUP // 64  # words of a slice that a lane has
+    column = ()
+    for index in gl.static_range(COUNT):
+        there = words.index(slot * SLICES + FIRST + index).slice(WHICH * GROUP // 16, GROUP // 16, 1)
+        found = there.load(operands.word_layout(4 * EACH, WARPS))
+        column = column + ((operands.split_words(found, WARPS) if EACH == 2 else (found,)),)
     codes = ()
     for place in gl.static_range(EACH):
-        column = ()
+        at = ()
         for index in gl.static_range(COUNT):
-            column = column + (words[(FIRST + index) * 2 * EACH + WHICH * EACH + place],)
-        codes = codes + operands.join_words(column, COUNT)
+            at = at + (column[index][place],)
+        codes = codes + operands.join_words(at, COUNT)
     if operands.is_wide(COUNT):
         signed = ()
         for j in gl.static_range(len(codes)):

@@ -42,45 +42,45 @@ def counts_between(counts_ptr, first, tokens, NUM_SLICES: gl.constexpr, BLOCK_M:
 
 @gluon.jit
 def begin_products(
-    codes,
+    words,
     acts,
-    WHICH: gl.constexpr,
+    slot,
+    JOB: gl.constexpr,
+    JOBS: gl.constexpr,
+    COUNT: gl.constexpr,
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS: gl.constexpr,
-    PRODUCT: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Begin to multiply codes of one group by all tokens; returns sums for high halves and low ones, on their way.
+    """Begin to multiply all tokens by codes of one group, of all COUNT slices, or of one where there are JOBS a group.
 
-    acts: [planes, TOKENS, 128], for each 128 columns of the pair high halves and, of a16, low ones.
+    High and low halves are columns of one product, side by side as they lie in acts: [stages, planes, TOKENS, 128], for
+    each 128 columns of the pair high halves and, of a16, low ones. Returns their sums, on their way.
     """
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
+    BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, HALVES * TOKENS, 32])
+    WHICH: gl.constexpr = JOB // JOBS
+    JOINED: gl.constexpr = COUNT if JOBS == 1 else 1
     PLANE: gl.constexpr = HALVES * WHICH if GROUP == 128 else 0
     START: gl.constexpr = 0 if GROUP == 128 else 64 * WHICH
-    rows = acts.reshape([acts.shape[0] * TOKENS, 128])
-    high = gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT)
-    low = high
-    for m in gl.static_range(GROUP // 32):
-        weight = batch_operands.operand(codes[2 * m], codes[2 * m + 1], OPERAND)
-        x = rows.slice(PLANE * TOKENS, TOKENS, 0).slice(START + 32 * m, 32, 1)
-        high = warpgroup_mma(weight, x.permute((1, 0)), high, use_acc=m > 0, is_async=True)
-        if HALVES == 2:
-            x = rows.slice((PLANE + 1) * TOKENS, TOKENS, 0).slice(START + 32 * m, 32, 1)
-            low = warpgroup_mma(weight, x.permute((1, 0)), low, use_acc=m > 0, is_async=True)
-    return high, low
+    codes = batch_operands.codes_of(words, slot, WHICH, JOB % JOBS, JOINED, COUNT, GROUP, ROWS // 16)
+    weight = batch_operands.operand(codes, GROUP, gl.DotOperandLayout(0, BOTH, 4))
+    planes = acts.index(slot).reshape([acts.shape[1] * TOKENS, 128])
+    x = planes.slice(PLANE * TOKENS, HALVES * TOKENS, 0).slice(START, GROUP, 1).permute((1, 0))
+    return warpgroup_mma(weight, x, gl.zeros([ROWS, HALVES * TOKENS], gl.int32, BOTH), use_acc=False, is_async=True)
 
 
 @gluon.jit
-def end_products(sums, HALVES: gl.constexpr, LATER: gl.constexpr):
+def end_products(sums, HALVES: gl.constexpr, LATER: gl.constexpr, PRODUCT: gl.constexpr):
     """Wait for products, LATER of which were begun after them; returns dot products, int32."""
-    high, low = sums
+    dots = warpgroup_mma_wait(num_outstanding=LATER, deps=[sums])
     if HALVES == 2:
-        high, low = warpgroup_mma_wait(num_outstanding=LATER, deps=[high, low])
-        high = (high << 8) + low
-    else:
-        high = warpgroup_mma_wait(num_outstanding=LATER, deps=[high])
-    return high
+        ROWS: gl.constexpr = dots.shape[0]
+        high, low = gl.split(gl.permute(gl.reshape(dots, [ROWS, 2, dots.shape[1] // 2]), (0, 2, 1)))
+        high = gl.convert_layout(high, PRODUCT, assert_trivial=True)
+        low = gl.convert_layout(low, PRODUCT, assert_trivial=True)
+        dots = (high << 8) + low
+    return dots
 
 
 @gluon.jit
@@ -100,13 +100,11 @@ def load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS: gl.constexpr):
 def grows_of(counts_ptr, first, tokens, COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
     """Return the slice counts of tokens, at most COUNT, by what power of two steps are smaller, and one over it."""
     token = gl.minimum(first + gl.arange(0, TOKENS, LAYOUT), tokens - 1)
-    own = gl.load(counts_ptr + token)
-    grow = gl.full([TOKENS], 1.0, gl.float32, LAYOUT)
-    shrink = gl.full([TOKENS], 1.0, gl.float32, LAYOUT)
-    for count in gl.static_range(2, COUNT + 1):
-        grow = gl.where(own >= count, 1.0 * operands.power_of(count), grow)
-        shrink = gl.where(own >= count, shrink_of(count), shrink)
-    return own[None, :], grow[None, :], shrink[None, :]
+    own = gl.minimum(gl.maximum(gl.load(counts_ptr + token), 1), COUNT)
+    # Their exponents: cheaper to make again than to choose, where registers run out.
+    grow = ((own << 24) + (125 << 23)).to(gl.float32, bitcast=True)
+    shrink = ((129 << 23) - (own << 24)).to(gl.float32, bitcast=True)
+    return grow[None, :], shrink[None, :]
 
 
 @gluon.jit
@@ -116,7 +114,7 @@ def grid_of(scale, zero, counts, COUNT: gl.constexpr, ALIKE: gl.constexpr):
         GROW: gl.constexpr = 1.0 * operands.power_of(COUNT)
         size, centre = (scale * shrink_of(COUNT))[:, None], gl.fma(zero, GROW, 0.5 * GROW - 0.5)[:, None]
     else:
-        _, grow, shrink = counts
+        grow, shrink = counts
         size, centre = scale[:, None] * shrink, gl.fma(zero[:, None], grow, 0.5 * grow - 0.5)
     return size, centre
 
@@ -145,23 +143,19 @@ def multiply_pair(
     PRODUCT: gl.constexpr = sums.type.layout
     TOKEN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
     JOBS: gl.constexpr = 1 if ALIKE else COUNT  # products a group
-    JOINED: gl.constexpr = COUNT if ALIKE else 1
-    these = batch_operands.read_words(words, slot, COUNT, GROUP, WARPS)
-    codes = batch_operands.codes_of(these, 0, 0, JOINED, GROUP)
-    begun = begin_products(codes, acts.index(slot), 0, GROUP, HALVES, TOKENS, PRODUCT, ROWS)
+    begun = begin_products(words, acts, slot, 0, JOBS, COUNT, GROUP, HALVES, TOKENS, ROWS)
     dots = gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT)
     for job in gl.static_range(2 * JOBS):
         if job + 1 < 2 * JOBS:
-            codes = batch_operands.codes_of(these, (job + 1) // JOBS, (job + 1) % JOBS, JOINED, GROUP)
-            later = begin_products(codes, acts.index(slot), (job + 1) // JOBS, GROUP, HALVES, TOKENS, PRODUCT, ROWS)
-            more = end_products(begun, HALVES, HALVES * GROUP // 32)
+            later = begin_products(words, acts, slot, job + 1, JOBS, COUNT, GROUP, HALVES, TOKENS, ROWS)
+            more = end_products(begun, HALVES, 1, PRODUCT)
             begun = later
         else:
-            more = end_products(begun, HALVES, 0)
+            more = end_products(begun, HALVES, 0, PRODUCT)
         if job % JOBS == 0:
             dots = more
         else:
-            dots = gl.where(counts[0] > job % JOBS, (dots << 2) + more, dots)
+            dots = gl.where(counts[0] >= operands.power_of(job % JOBS + 1), (dots << 2) + more, dots)
         if job % JOBS == JOBS - 1:
             if len(totals) > 0:
                 dots += 128 * batch_operands.totals_of(totals[0], slot, job // JOBS, TOKENS, WARPS, TOKEN)

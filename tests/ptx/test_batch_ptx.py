@@ -42,8 +42,8 @@ def test_what_it_takes(tile: BatchTile) -> None:
     spec = spec_of(tile)
     found = measured(spec)
     assert found.fits
-    # A pair of groups is eight products of 32 columns, for high halves and low; unlike tokens multiply slice by slice.
-    assert found.products == tile.consumers * (16 + 16 + 2 * 16)
+    # A pair of groups is eight products of 32 columns; unlike tokens multiply slice by slice.
+    assert found.products == tile.consumers * (8 + 8 + 2 * 8)
     assert found.shared_bytes is not None
     assert found.shared_bytes <= shared_bytes(spec)
     assert found.local_bytes is not None
@@ -58,14 +58,14 @@ def test_what_it_takes(tile: BatchTile) -> None:
 def test_products_are_of_signed_bytes_and_copies_by_descriptors(tile: BatchTile) -> None:
     ptx = measured(spec_of(tile)).ptx
     shapes = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx))
-    assert shapes == {f"m64n{tile.tokens}k32.s32.s8.s8"}
+    assert shapes == {f"m64n{2 * tile.tokens}k32.s32.s8.s8"}, "high halves and low ones side by side"
     assert "cp.async.bulk.tensor.3d" in ptx
     assert "griddepcontrol.wait" in ptx
 
 
 def test_the_next_product_is_begun_before_the_last_is_waited_for() -> None:
     ptx = measured(spec_of(TILES[1])).ptx
-    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"8", "0"}
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"1", "0"}
 
 
 @each_tile
@@ -79,5 +79,7 @@ def test_a_stage_is_given_back_when_all_have_read_it(tile: BatchTile) -> None:
         assert order[at - 2 : at] == ["fence.proxy.async", "bar.sync"]
 
 
-def test_bytes_alone_take_half_the_products() -> None:
-    assert measured(spec_of(TILES[1], Activation.A8)).products == 32
+def test_bytes_alone_take_products_of_half_the_columns() -> None:
+    found = measured(spec_of(TILES[1], Activation.A8))
+    assert found.products == 32
+    assert f"m64n{TILES[1].tokens}k32.s32.s8.s8" in found.ptx
