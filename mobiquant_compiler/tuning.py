@@ -32,7 +32,7 @@ Report = Callable[[str, int, int], None]
 COMPARISONS = 5  # bisection of one number less than two to this power always takes as many
 LEAST_TOKENS, MOST_TOKENS = PREFILL_TOKENS + 16, 4096
 WARM_UPS, REPEATS = 3, 15
-# Zeroed between calls: no weight is still in a cache, and the device is busy until Python has launched the next call.
+# Zeroed between calls: no weight is still in a cache, and the device is busy until the next call has been launched.
 FLUSH_BYTES, FLUSHES = 1 << 28, 4
 
 # Shapes (N, K) of 7B to 70B models.
@@ -177,17 +177,20 @@ def random_weight(n: int, k: int, device: torch.device) -> tuple[SliceSpec, Weig
 
 
 def _median(call: Callable[[], Any], flush: Tensor) -> float:
-    """Return the median time of a call on the device, in seconds."""
+    """Return the median time of a call on the device, in seconds: of a CUDA graph, so without what launching takes."""
     for _ in range(WARM_UPS):
         call()
     torch.cuda.synchronize(flush.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
     spans = []
     for _ in range(REPEATS):
         for _ in range(FLUSHES):
             flush.zero_()
         spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
         spans[-1][0].record()
-        call()
+        graph.replay()
         spans[-1][1].record()
     torch.cuda.synchronize(flush.device)
     return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3

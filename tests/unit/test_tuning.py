@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path as FilePath
 from types import SimpleNamespace
@@ -156,6 +157,12 @@ class TestTimer:
             def elapsed_time(self, end: Event) -> float:
                 return float(end.at - self.at)
 
+        class Graph:
+            def replay(self) -> None:
+                seen.append(("replayed",))
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(tuning, "FLUSH_BYTES", 16)
@@ -173,8 +180,9 @@ class TestTimer:
     )
     def test_calls_have_mixed_counts_and_bfloat16(self, calls: list[tuple], path: Path, last: object) -> None:
         assert tuning.device_timer(CPU)(path, 10, 48, 576, Prefill.ROUTED) == 1e-3
-        assert len(calls) == tuning.WARM_UPS + tuning.REPEATS
-        name, x, counts, weights, spec, choice = calls[-1]
+        times = tuning.WARM_UPS + 1
+        assert calls[times:] == [("replayed",)] * tuning.REPEATS, "what Python takes for a launch is not timed"
+        name, x, counts, weights, spec, choice = calls[times - 1]
         assert (name, choice) == (str(path), last)
         assert (x.shape, x.dtype) == ((10, 576), torch.bfloat16)
         assert counts.tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
@@ -188,16 +196,18 @@ class TestTimer:
     @pytest.mark.parametrize("path", [Path.WORKSPACE, Path.FUSED], ids=str)
     def test_full_calls_have_all_slices(self, calls: list[tuple], path: Path) -> None:
         tuning.device_timer(CPU)(path, 10, 48, 576, Prefill.FULL)
-        assert calls[-1][2].tolist() == [4] * 10
-        assert calls[-1][-1] is Prefill.FULL
+        assert calls[0][2].tolist() == [4] * 10
+        assert calls[0][-1] is Prefill.FULL
 
     def test_all_paths_multiply_by_one_weight(self, calls: list[tuple]) -> None:
         timer = tuning.device_timer(CPU)
         for path in (Path.INTEGER, Path.WORKSPACE, Path.FUSED):
             timer(path, 80, 16, 64, Prefill.ROUTED)
-        assert calls[0][3][0] is calls[-1][3][0]
+        weights = [call[3][0] for call in calls if call != ("replayed",)]
+        assert all(weight is weights[0] for weight in weights)
+        before = len(calls)
         timer(Path.INTEGER, 80, 32, 64, Prefill.ROUTED)
-        assert calls[-1][3][0].rows == 32
+        assert calls[before][3][0].rows == 32
 
     def test_a_way_that_cannot_be_taken_takes_for_ever(self, calls: list[tuple]) -> None:
         for path in (Path.WORKSPACE, Path.FUSED):
