@@ -178,19 +178,20 @@ def random_weight(n: int, k: int, device: torch.device) -> tuple[SliceSpec, Weig
 
 def _median(call: Callable[[], Any], flush: Tensor) -> float:
     """Return the median time of a call on the device, in seconds: of a CUDA graph, so without what launching takes."""
-    for _ in range(WARM_UPS):
-        call()
-    torch.cuda.synchronize(flush.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    spans = []
-    for _ in range(REPEATS):
-        for _ in range(FLUSHES):
-            flush.zero_()
-        spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        spans[-1][0].record()
-        graph.replay()
-        spans[-1][1].record()
-    torch.cuda.synchronize(flush.device)
+    with torch.cuda.device(flush.device):
+        for _ in range(WARM_UPS):
+            call()
+        torch.cuda.synchronize(flush.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(flush.device)):
+            call()
+        spans = []
+        for _ in range(REPEATS):
+            for _ in range(FLUSHES):
+                flush.zero_()
+            spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            spans[-1][0].record()
+            graph.replay()
+            spans[-1][1].record()
+        torch.cuda.synchronize(flush.device)
     return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3

@@ -66,6 +66,12 @@ def load_kernel(ptr, out_ptr, limit, COUNT: tl.constexpr, HOW: tl.constexpr, EMU
 
 
 @triton.jit
+def half_kernel(ptr, out_ptr, limit, EMULATE: tl.constexpr):
+    lane = tl.arange(0, 32)
+    tl.store(out_ptr + lane, fragments.load_half(ptr + lane, lane < limit, EMULATE).to(tl.int32))
+
+
+@triton.jit
 def select_kernel(above_ptr, below_ptr, out_ptr, KEEP: tl.constexpr, EMULATE: tl.constexpr):
     lane = tl.arange(0, 32)
     bits = fragments.select_bits(tl.load(above_ptr + lane), tl.load(below_ptr + lane), KEEP, EMULATE)
@@ -191,6 +197,11 @@ def check_vector_loads(count: int, where: str, emulate: bool) -> None:
         load_kernel[(1,)](words, out, limit, count, "masked", emulate, num_warps=1)
         assert torch.equal(out[: limit * count], words[: limit * count])
         assert not out[limit * count :].any()
+        halves = words.view(torch.int16)[1 : LANES + 1]  # they need not begin at whole words
+        out = torch.empty_like(words[:LANES])
+        half_kernel[(1,)](halves, out, limit, emulate, num_warps=1)
+        assert torch.equal(out[:limit], halves[:limit].int())
+        assert not out[limit:].any()
     for how in ("stream", "read"):
         out = torch.empty_like(words)
         load_kernel[(1,)](words, out, 0, count, how, emulate, num_warps=1)

@@ -184,10 +184,6 @@ class Language:
         a, b, c = (torch.as_tensor(raw(value)).double() for value in (a, b, c))
         return Value((a * b + c).float())
 
-    def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: Any) -> Value:
-        """Return one value many times."""
-        return Value(torch.full(shape, value, dtype=dtype))
-
     def warp_specialize(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *sizes: list[int]) -> None:
         """Run functions side by side, until all have ended."""
         with ThreadPoolExecutor(len(parts)) as pool:

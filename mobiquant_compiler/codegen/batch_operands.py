@@ -12,15 +12,6 @@ from mobiquant_compiler.codegen import operands
 
 
 @gluon.constexpr_function
-def words_layout(group, warps):
-    """Return the layout of [16 warps, GROUP / 8] words of a pair of groups: a lane has a quarter of each group."""
-    each = group // 64  # words of a lane in a group
-    registers = ([[0, 1]] if each == 2 else []) + [[0, group // 16], [8, 0]]
-    lanes = [[0, each], [0, 2 * each], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, operands.row_bases(warps), [], [16 * warps, group // 8])
-
-
-@gluon.constexpr_function
 def columns_layout(tokens, each, warps):
     """Return the layout of [1, tokens * each] numbers, 1 or 2 of a token, as lanes have columns of a product."""
     registers = [[0, 1], [0, 2]] if each == 2 else [[0, 1]]

@@ -1,6 +1,6 @@
 """Blocks of tokens by integer products of warpgroups: one warp copies, one or two warpgroups multiply (Gluon, sm_90).
 
-A program has 64 output rows of one weight and 16 to 64 tokens. Pairs of groups are dealt to eight chains and chains are
+A program has 64 output rows of one weight and 16 or 32 tokens. Pairs of groups are dealt to eight chains and chains are
 summed as `chains` does: a token gets the same bits as from `sliced_mma`. Of two consumers each has every other chain.
 
 Names are those of `batch_copies`.
@@ -98,7 +98,7 @@ def load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS: gl.constexpr):
 
 @gluon.jit
 def grows_of(counts_ptr, first, tokens, COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Return the slice counts of tokens, at most COUNT, by what power of two steps are smaller, and one over it."""
+    """Return by what power of two tokens' steps are smaller, and one over it; counts are taken to be 1 to COUNT."""
     token = gl.minimum(first + gl.arange(0, TOKENS, LAYOUT), tokens - 1)
     own = gl.minimum(gl.maximum(gl.load(counts_ptr + token), 1), COUNT)
     # Their exponents: cheaper to make again than to choose, where registers run out.
@@ -108,13 +108,13 @@ def grows_of(counts_ptr, first, tokens, COUNT: gl.constexpr, TOKENS: gl.constexp
 
 
 @gluon.jit
-def grid_of(scale, zero, counts, COUNT: gl.constexpr, ALIKE: gl.constexpr):
+def grid_of(scale, zero, grows, COUNT: gl.constexpr, ALIKE: gl.constexpr):
     """Return steps and centres as `scaling.grid_at` does, for every row, and token where tokens differ."""
     if ALIKE:
         GROW: gl.constexpr = 1.0 * operands.power_of(COUNT)
         size, centre = (scale * shrink_of(COUNT))[:, None], gl.fma(zero, GROW, 0.5 * GROW - 0.5)[:, None]
     else:
-        grow, shrink = counts
+        grow, shrink = grows
         size, centre = scale[:, None] * shrink, gl.fma(zero[:, None], grow, 0.5 * grow - 0.5)
     return size, centre
 
@@ -125,7 +125,7 @@ def multiply_pair(
     stages,
     slot,
     scales,
-    counts,
+    grows,
     COUNT: gl.constexpr,
     ALIKE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -155,13 +155,13 @@ def multiply_pair(
         if job % JOBS == 0:
             dots = more
         else:
-            dots = gl.where(counts[0] >= operands.power_of(job % JOBS + 1), (dots << 2) + more, dots)
+            dots = gl.where(grows[0] >= operands.power_of(job % JOBS + 1), (dots << 2) + more, dots)
         if job % JOBS == JOBS - 1:
             if len(totals) > 0:
                 dots += 128 * batch_operands.totals_of(totals[0], slot, job // JOBS, TOKENS, WARPS, TOKEN)
             step, shift = batch_operands.facts_of(facts, slot, job // JOBS, TOKENS, WARPS, TOKEN)
             scale, zero = scales[job // JOBS].to(gl.float32), scales[2 + job // JOBS].to(gl.float32)
-            size, centre = grid_of(scale, zero, counts, COUNT, ALIKE)
+            size, centre = grid_of(scale, zero, grows, COUNT, ALIKE)
             sums = gl.fma(size, gl.fma(dots.to(gl.float32), step, shift * centre), sums)
     return sums
 
@@ -196,9 +196,9 @@ def consume(
     first, first_row, n_rows, _ = place
     row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)), n_rows - 1)
     group_at = row.to(gl.int64) * GROUPS
-    counts = ()
+    grows = ()
     if not ALIKE:
-        counts = grows_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
+        grows = grows_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
     it = gl.to_tensor(0)
     pair = gl.to_tensor(WHO)
     scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
@@ -211,7 +211,7 @@ def consume(
             pair = batch_copies.next_pair(pair, PAIRS, CONSUMERS)
             scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
             mbarrier.wait(ready.index(slot), (it // NUM_STAGES) & 1)
-            sums = multiply_pair(sums, stages, slot, these, counts, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
+            sums = multiply_pair(sums, stages, slot, these, grows, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
             # Loads of facts may still be under way, behind scales that come slowly, and a copy that a barrier lets in
             # does not wait for them: without the fence some warps read the facts of the pair that is copied next.
             fence_async_shared()

@@ -43,13 +43,15 @@ def add_group(acc, dots, grid, step, shift):
 
 @triton.jit
 def load_scale(at, mask, EMULATE: tl.constexpr):
-    """Load a scale (or zero point), 0 where the mask is false: in its own dtype, of 16 or 32 bits."""
+    """Load a scale (or zero point), 0 where the mask is false: in its own dtype."""
     DTYPE: tl.constexpr = at.dtype.element_ty
     if DTYPE.primitive_bitwidth == 16:
-        bits = fragments.load_half(at, mask, EMULATE)
+        scale = fragments.load_half(at, mask, EMULATE).to(DTYPE, bitcast=True)
+    elif DTYPE.primitive_bitwidth == 32:
+        scale = fragments.load_words(at, mask, 1, EMULATE)[0].to(DTYPE, bitcast=True)
     else:
-        bits = fragments.load_words(at, mask, 1, EMULATE)[0]
-    return bits.to(DTYPE, bitcast=True)
+        scale = tl.load(at, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit

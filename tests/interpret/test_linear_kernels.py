@@ -133,7 +133,7 @@ def test_errors_are_as_small_as_fixed_point_allows(spec: SliceSpec, activation: 
     assert relative_norm(run(case, activation), case.expected()) <= INTEGER_NORM[activation].error
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_scales_of_any_dtype(tokens: int, scale_dtype: torch.dtype) -> None:
     case = integer_case(SPECS[2], tokens, 17, 100)

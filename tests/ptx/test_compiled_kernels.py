@@ -199,6 +199,7 @@ def test_one_body_serves_all_weights_of_a_launch(tokens: TokenClass) -> None:
         (SliceSpec((1,) * 3, 32), Dtypes("fp32", "fp16")),
         (SliceSpec((1,) * 8, 64), Dtypes("bf16", "fp32")),
         (SliceSpec((4, 1, 2), 128), Dtypes("bf16", "bf16")),
+        (SliceSpec((2, 2), 64), Dtypes("bf16", "fp64")),
     ],
     ids=str,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path as FilePath
 from types import SimpleNamespace
@@ -159,10 +159,21 @@ class TestTimer:
 
         class Graph:
             def replay(self) -> None:
+                assert captured.count(self) == 1, "one call is captured"
                 seen.append(("replayed",))
 
+        captured: list[Graph] = []
+
+        @contextmanager
+        def capture(graph: Graph, stream: object) -> Iterator[None]:
+            before = len(seen)
+            yield
+            captured.extend([graph] * (len(seen) - before))
+
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(tuning, "FLUSH_BYTES", 16)
