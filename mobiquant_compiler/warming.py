@@ -65,14 +65,9 @@ def warm_kernels(
     calls = [tokens.sample for tokens in TokenClass] + [PREFILL_TOKENS + 1]
     units = fused.row_units(n, parts) if units is None else units
     splits = kernels.fused_splits(n, k, parts) if splits is None else splits
-    launched = sum(
-        _warm_call(
-            *(weights, torch.zeros(tokens, k, dtype=x_dtype, device=device), spec, n, activation, hidden),
-            *(units, splits),
-        )
-        for tokens in calls
-        if max_tokens is None or tokens <= max_tokens
-    )
+    taken = (tokens for tokens in calls if max_tokens is None or tokens <= max_tokens)
+    inputs = (torch.zeros(tokens, k, dtype=x_dtype, device=device) for tokens in taken)
+    launched = sum(_warm_call(weights, x, spec, n, activation, hidden, units, splits) for x in inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return launched

@@ -30,16 +30,18 @@ WORD_STAGES = gl.constexpr(2)  # steps whose words are there at a time; `configs
 
 
 @gluon.jit
-def steps_of(place, share, K_PADDED: gl.constexpr):
-    """Return the number of steps of 128 columns, which the compiler does not know: it would unroll a single one.
+def all_steps(n_rows, K_PADDED: gl.constexpr):
+    """Return the number of steps of 128 columns, which the compiler does not know: it would unroll a single one."""
+    return (K_PADDED + 127) // 128 + (n_rows >> 31)
 
-    That those of a share are not many saves instructions for turns of rings.
-    """
-    ALL: gl.constexpr = (K_PADDED + 127) // 128
+
+@gluon.jit
+def steps_of(place, share, K_PADDED: gl.constexpr):
+    """Return the number of steps of a share; that they are not many saves instructions for turns of rings."""
     if len(share) == 0:
-        steps = ALL + (place[3] >> 31)
+        steps = all_steps(place[3], K_PADDED)
     else:
-        steps = gl.minimum(share[1], ALL + 1)
+        steps = gl.minimum(share[1], (K_PADDED + 127) // 128 + 1)
     return steps
 
 

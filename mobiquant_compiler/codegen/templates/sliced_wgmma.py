@@ -104,12 +104,12 @@ def sliced_wgmma(
     n_rows = row_units * ROW_UNIT
     blocks = (n_rows + BLOCK_N - 1) // BLOCK_N
     if MOST_PARTS == 1:
-        number, made, share = gl.program_id(0), tiles, ()
+        number, made, share, scratch = gl.program_id(0), tiles, (), ()
         narrow_ones = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, TOKENS=BLOCK_M // 2)
         halved = narrow_ones * blocks <= at_once
     else:
-        # The compiler must not know the number of steps: it would unroll a single one.
-        steps = (K_PADDED + 127) // 128 + (n_rows >> 31)
+        scratch = (partial_ptr, marks_ptr)
+        steps = sorted_tiles.all_steps(n_rows, K_PADDED)
         made = count_tiles(offsets_ptr=offsets_ptr, NUM_SLICES=NUM_SLICES, TOKENS=BLOCK_M)
         number, share = split_columns.share_of(gl.program_id(0), made * blocks, at_once, steps, MOST_PARTS)
         halved = made < 0  # never: parts of the columns fill the multiprocessors
@@ -132,7 +132,6 @@ def sliced_wgmma(
     narrow = (halved | (end - first <= BLOCK_M // 2)).to(gl.int32)
     weight = (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else scale_ptr)
     place = (first, end, first_row, n_rows)
-    scratch = (partial_ptr, marks_ptr) if MOST_PARTS > 1 else ()
     # One condition in the other: the two of them joined by `&` cost ten instructions a step in the bodies (ptxas).
     for shrink in gl.static_range(2):
         if narrow == shrink:
