@@ -28,7 +28,7 @@ from tests.gluon_memory import global_memory
 from tests.gluon_values import AnyLayout, Memory, Pointer, Value, fence, raw, reads, run_ptx
 
 POISON = 0x5A
-HELPERS = ("operands", "batch_operands", "batch_copies", "batches", "split_columns", "sorted_tiles")
+HELPERS = ("operands", "batch_operands", "batch_products", "batch_copies", "batches", "split_columns", "sorted_tiles")
 PATIENCE = 60.0  # seconds after which a wait is one for what never comes
 DTYPES = {
     "int8": torch.int8,

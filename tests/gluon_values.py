@@ -37,6 +37,9 @@ def run_ptx(text: str, inputs: list[Any], outputs: int) -> list[np.ndarray]:
                 at, turns = labels[jump[2]], turns + 1
                 assert turns < TURNS, "waits for what never comes"
             continue
+        chosen = None
+        if predicated := re.fullmatch(r"@(\w+) (.*)", statement):
+            chosen, statement = registers[predicated[1]], predicated[2]
         name, rest = statement.split(" ", 1)
         target, *sources = (part.strip() for part in rest.split(","))
         values = [_operand(source, registers) for source in sources]
@@ -44,7 +47,8 @@ def run_ptx(text: str, inputs: list[Any], outputs: int) -> list[np.ndarray]:
             address = _operand(target, registers)
             global_memory.release(address.memory, address.at, int(values[0]))
         else:
-            registers[target] = np.asarray(_result(name, values), dtype=np.uint32)
+            found = np.asarray(_result(name, values), dtype=np.uint32)
+            registers[target] = found if chosen is None else np.where(chosen, found, registers[target])
     return [registers[f"${number}"] for number in range(outputs)]
 
 
@@ -58,10 +62,13 @@ def _result(name: str, values: list[Any]) -> np.ndarray:
     """Return what an instruction computes."""
     if name == "ld.acquire.gpu.global.s32":
         return global_memory.acquire(values[0].memory, values[0].at)
-    if name == "setp.lt.s32":
-        return np.asarray(values[0]).view(np.int32) < np.asarray(values[1]).view(np.int32)
+    if name in ("setp.lt.s32", "setp.ge.s32"):
+        less = np.asarray(values[0]).view(np.int32) < np.asarray(values[1]).view(np.int32)
+        return less if name == "setp.lt.s32" else ~less
     if name == "mov.b32":
         return values[0]
+    if name == "mad.lo.s32":
+        return np.asarray(values[0]) * values[1] + values[2]
     if name == "prmt.b32":
         return _permuted(values[0], values[1], int(values[2]))
     if name == "lop3.b32":

@@ -56,37 +56,75 @@ def operand(codes, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def words_of(
+    words,
+    slot,
+    WHICH: gl.constexpr,
+    SLICE: gl.constexpr,
+    COUNT: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Read a lane's words of one of COUNT slices, of one group of a pair.
+
+    Products take signed bytes: the uppermost bits of codes that need all eight are turned over, which takes 128 away.
+    """
+    there = words.index(slot * COUNT + SLICE).slice(WHICH * GROUP // 16, GROUP // 16, 1)
+    found = there.load(operands.word_layout(GROUP // 16, WARPS))
+    if operands.is_wide(COUNT) and SLICE == 0:
+        found ^= -0x55555556
+    return operands.split_words(found, WARPS) if GROUP == 128 else (found,)
+
+
+@gluon.jit
 def codes_of(
     words,
     slot,
     WHICH: gl.constexpr,
-    FIRST: gl.constexpr,
     COUNT: gl.constexpr,
-    SLICES: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Read a lane's codes of one group of a pair, COUNT of SLICES slices from FIRST on joined: words of four codes.
-
-    Products take signed bytes: codes of eight bits are returned less 128.
-    """
-    EACH: gl.constexpr = GROUP // 64  # words of a slice that a lane has
+    """Read a lane's codes of one group of a pair, COUNT slices joined: words of four codes; those of four less 128."""
     column = ()
     for index in gl.static_range(COUNT):
-        there = words.index(slot * SLICES + FIRST + index).slice(WHICH * GROUP // 16, GROUP // 16, 1)
-        found = there.load(operands.word_layout(4 * EACH, WARPS))
-        column = column + ((operands.split_words(found, WARPS) if EACH == 2 else (found,)),)
+        column = column + (words_of(words, slot, WHICH, index, COUNT, GROUP, WARPS),)
     codes = ()
-    for place in gl.static_range(EACH):
+    for place in gl.static_range(GROUP // 64):
         at = ()
         for index in gl.static_range(COUNT):
             at = at + (column[index][place],)
         codes = codes + operands.join_words(at, COUNT)
-    if operands.is_wide(COUNT):
-        signed = ()
-        for j in gl.static_range(len(codes)):
-            signed = signed + (codes[j] ^ -0x7F7F7F80,)
-        codes = signed
+    return codes
+
+
+@gluon.jit
+def raised(word, PLACE: gl.constexpr, BIT: gl.constexpr):
+    """Return codes of two bits, at PLACE in each byte of words, as bytes with the codes at BIT."""
+    MASK: gl.constexpr = 0x03030303 << BIT if BIT < 6 else -0x3F3F3F40
+    moved = word << (BIT - 2 * PLACE) if BIT >= 2 * PLACE else word >> (2 * PLACE - BIT)
+    return moved & MASK
+
+
+@gluon.jit
+def raised_codes(
+    words,
+    slot,
+    WHICH: gl.constexpr,
+    SLICE: gl.constexpr,
+    COUNT: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Read a lane's codes of one slice of a group of a pair, raised to the grid of COUNT slices: words of four codes.
+
+    Those of the first of four slices are returned less 128.
+    """
+    column = words_of(words, slot, WHICH, SLICE, COUNT, GROUP, WARPS)
+    codes = ()
+    for at in gl.static_range(GROUP // 64):
+        for place in gl.static_range(4):
+            codes = codes + (raised(column[at], place, 2 * (COUNT - 1 - SLICE)),)
     return codes
 
 

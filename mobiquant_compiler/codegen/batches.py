@@ -8,21 +8,10 @@ Names are those of `batch_copies`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mobiquant_compiler.codegen import batch_copies, batch_operands, operands
+from mobiquant_compiler.codegen import batch_copies, batch_operands, batch_products, operands
 from mobiquant_compiler.codegen.batch_copies import produce
-
-
-@gluon.constexpr_function
-def shrink_of(count):
-    """Return by what power of two the step of `count` slices is smaller than the base step."""
-    return 1.0 / operands.power_of(count)
 
 
 @gluon.constexpr_function
@@ -38,132 +27,6 @@ def counts_between(counts_ptr, first, tokens, NUM_SLICES: gl.constexpr, BLOCK_M:
     counts = gl.load(counts_ptr + offs, mask=offs < tokens, other=1)
     counts = gl.minimum(gl.maximum(counts, 1), NUM_SLICES)
     return gl.max(counts, axis=0), gl.min(gl.where(offs < tokens, counts, NUM_SLICES), axis=0)
-
-
-@gluon.jit
-def begin_products(
-    words,
-    acts,
-    slot,
-    JOB: gl.constexpr,
-    JOBS: gl.constexpr,
-    COUNT: gl.constexpr,
-    GROUP: gl.constexpr,
-    HALVES: gl.constexpr,
-    TOKENS: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """Begin to multiply all tokens by codes of one group, of all COUNT slices, or of one where there are JOBS a group.
-
-    High and low halves are columns of one product, side by side as they lie in acts: [stages, planes, TOKENS, 128], for
-    each 128 columns of the pair high halves and, of a16, low ones. Returns their sums, on their way.
-    """
-    BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, HALVES * TOKENS, 32])
-    WHICH: gl.constexpr = JOB // JOBS
-    JOINED: gl.constexpr = COUNT if JOBS == 1 else 1
-    PLANE: gl.constexpr = HALVES * WHICH if GROUP == 128 else 0
-    START: gl.constexpr = 0 if GROUP == 128 else 64 * WHICH
-    codes = batch_operands.codes_of(words, slot, WHICH, JOB % JOBS, JOINED, COUNT, GROUP, ROWS // 16)
-    weight = batch_operands.operand(codes, GROUP, gl.DotOperandLayout(0, BOTH, 4))
-    planes = acts.index(slot).reshape([acts.shape[1] * TOKENS, 128])
-    x = planes.slice(PLANE * TOKENS, HALVES * TOKENS, 0).slice(START, GROUP, 1).permute((1, 0))
-    return warpgroup_mma(weight, x, gl.zeros([ROWS, HALVES * TOKENS], gl.int32, BOTH), use_acc=False, is_async=True)
-
-
-@gluon.jit
-def end_products(sums, HALVES: gl.constexpr, LATER: gl.constexpr, PRODUCT: gl.constexpr):
-    """Wait for products, LATER of which were begun after them; returns dot products, int32."""
-    dots = warpgroup_mma_wait(num_outstanding=LATER, deps=[sums])
-    if HALVES == 2:
-        ROWS: gl.constexpr = dots.shape[0]
-        high, low = gl.split(gl.permute(gl.reshape(dots, [ROWS, 2, dots.shape[1] // 2]), (0, 2, 1)))
-        high = gl.convert_layout(high, PRODUCT, assert_trivial=True)
-        low = gl.convert_layout(low, PRODUCT, assert_trivial=True)
-        dots = (high << 8) + low
-    return dots
-
-
-@gluon.jit
-def load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS: gl.constexpr):
-    """Load scales of a pair of groups, then zero points; of a group that is not there those of the last."""
-    first = gl.minimum(2 * pair, GROUPS - 1)
-    second = gl.minimum(2 * pair + 1, GROUPS - 1)
-    return (
-        gl.load(scale_ptr + group_at + first),
-        gl.load(scale_ptr + group_at + second),
-        gl.load(zero_ptr + group_at + first),
-        gl.load(zero_ptr + group_at + second),
-    )
-
-
-@gluon.jit
-def grows_of(counts_ptr, first, tokens, COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Return by what power of two tokens' steps are smaller, and one over it; counts are taken to be 1 to COUNT."""
-    token = gl.minimum(first + gl.arange(0, TOKENS, LAYOUT), tokens - 1)
-    own = gl.minimum(gl.maximum(gl.load(counts_ptr + token), 1), COUNT)
-    # Their exponents: cheaper to make again than to choose, where registers run out.
-    grow = ((own << 24) + (125 << 23)).to(gl.float32, bitcast=True)
-    shrink = ((129 << 23) - (own << 24)).to(gl.float32, bitcast=True)
-    return grow[None, :], shrink[None, :]
-
-
-@gluon.jit
-def grid_of(scale, zero, grows, COUNT: gl.constexpr, ALIKE: gl.constexpr):
-    """Return steps and centres as `scaling.grid_at` does, for every row, and token where tokens differ."""
-    if ALIKE:
-        GROW: gl.constexpr = 1.0 * operands.power_of(COUNT)
-        size, centre = (scale * shrink_of(COUNT))[:, None], gl.fma(zero, GROW, 0.5 * GROW - 0.5)[:, None]
-    else:
-        grow, shrink = grows
-        size, centre = scale[:, None] * shrink, gl.fma(zero[:, None], grow, 0.5 * grow - 0.5)
-    return size, centre
-
-
-@gluon.jit
-def multiply_pair(
-    sums,
-    stages,
-    slot,
-    scales,
-    grows,
-    COUNT: gl.constexpr,
-    ALIKE: gl.constexpr,
-    GROUP: gl.constexpr,
-    HALVES: gl.constexpr,
-    TOKENS: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """Add a pair of groups to the sums of a chain.
-
-    Codes of tokens that are ALIKE are one integer; of others every slice is multiplied and appended where it is used.
-    The next product is begun before the last one is waited for.
-    """
-    acts, facts, totals, words = stages
-    WARPS: gl.constexpr = ROWS // 16
-    PRODUCT: gl.constexpr = sums.type.layout
-    TOKEN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
-    JOBS: gl.constexpr = 1 if ALIKE else COUNT  # products a group
-    begun = begin_products(words, acts, slot, 0, JOBS, COUNT, GROUP, HALVES, TOKENS, ROWS)
-    dots = gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT)
-    for job in gl.static_range(2 * JOBS):
-        if job + 1 < 2 * JOBS:
-            later = begin_products(words, acts, slot, job + 1, JOBS, COUNT, GROUP, HALVES, TOKENS, ROWS)
-            more = end_products(begun, HALVES, 1, PRODUCT)
-            begun = later
-        else:
-            more = end_products(begun, HALVES, 0, PRODUCT)
-        if job % JOBS == 0:
-            dots = more
-        else:
-            dots = gl.where(grows[0] >= operands.power_of(job % JOBS + 1), (dots << 2) + more, dots)
-        if job % JOBS == JOBS - 1:
-            if len(totals) > 0:
-                dots += 128 * batch_operands.totals_of(totals[0], slot, job // JOBS, TOKENS, WARPS, TOKEN)
-            step, shift = batch_operands.facts_of(facts, slot, job // JOBS, TOKENS, WARPS, TOKEN)
-            scale, zero = scales[job // JOBS].to(gl.float32), scales[2 + job // JOBS].to(gl.float32)
-            size, centre = grid_of(scale, zero, grows, COUNT, ALIKE)
-            sums = gl.fma(size, gl.fma(dots.to(gl.float32), step, shift * centre), sums)
-    return sums
 
 
 @gluon.jit
@@ -196,12 +59,12 @@ def consume(
     first, first_row, n_rows, _ = place
     row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)), n_rows - 1)
     group_at = row.to(gl.int64) * GROUPS
-    grows = ()
+    own = ()
     if not ALIKE:
-        grows = grows_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
+        own = batch_products.counts_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
     it = gl.to_tensor(0)
     pair = gl.to_tensor(WHO)
-    scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
+    scales = batch_products.load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
     for index in range(8 // CONSUMERS):
         chain = CONSUMERS * index + WHO
         sums = gl.zeros([ROWS, TOKENS], gl.float32, PRODUCT)
@@ -209,9 +72,11 @@ def consume(
             slot = WHO * NUM_STAGES + it % NUM_STAGES
             these = scales
             pair = batch_copies.next_pair(pair, PAIRS, CONSUMERS)
-            scales = load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
+            scales = batch_products.load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
             mbarrier.wait(ready.index(slot), (it // NUM_STAGES) & 1)
-            sums = multiply_pair(sums, stages, slot, these, grows, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
+            sums = batch_products.multiply_pair(
+                sums, stages, slot, these, own, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS
+            )
             # Loads of facts may still be under way, behind scales that come slowly, and a copy that a barrier lets in
             # does not wait for them: without the fence some warps read the facts of the pair that is copied next.
             fence_async_shared()
@@ -291,7 +156,7 @@ def multiply_program(
     facts = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 2 * TOKENS], descs[1].layout)
     words = gl.allocate_shared_memory(gl.int32, [STAGES * COUNT, ROWS, GROUP // 8], descs[3][0].layout)
     totals = ()
-    if operands.is_wide(COUNT) and ALIKE:
+    if operands.is_wide(COUNT):
         totals = (gl.allocate_shared_memory(gl.int32, [STAGES, 2, TOKENS], descs[2][0].layout),)
     stages = (acts, facts, totals, words)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

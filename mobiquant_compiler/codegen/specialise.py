@@ -19,7 +19,7 @@ _HERE = Path(__file__).parent
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
     *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "parts"),
-    *("batch_operands", "batch_copies", "batches", "split_columns", "sorted_tiles"),
+    *("batch_operands", "batch_products", "batch_copies", "batches", "split_columns", "sorted_tiles"),
     *("resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")

@@ -24,7 +24,7 @@ pytestmark = [
 WHERE = "cuda"
 FOUR, FINE, THREE, ONE = (SliceSpec((2,) * e, g) for e, g in ((4, 128), (4, 64), (3, 128), (1, 64)))
 ALL = (FOUR, FINE, THREE, ONE)
-TILES = (BatchTile(32, 1), BatchTile(32, 2), BatchTile(16, 1))
+TILES = (BatchTile(32, 1), BatchTile(32, 2), BatchTile(16, 1), BatchTile(16, 2))
 each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
 TOKENS = (1, 7, 17, 32, 33, 64, 100)
 

@@ -20,7 +20,7 @@ from tests import gluon_emulation
 from tests.kernel_cases import Case, integer_case, random_case
 
 H100 = Target.of(90)
-TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2))
+TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2), BatchTile(16, 2))
 each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
 
 
@@ -85,13 +85,17 @@ def test_any_activations(activation: Activation, tolerance: float) -> None:
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_a_token_has_the_same_bits_in_every_tile_and_among_any_others() -> None:
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_token_has_the_same_bits_in_every_tile_and_among_any_others(size: float) -> None:
     case = random_case(SliceSpec(group=64), 40, 64, 640)
+    case = replace(case, x=case.x * size)
     whole = run([case], TILES[2])[0]
     for tile in TILES[:2]:
         assert torch.equal(run([case], tile)[0], whole)
-    alone = replace(case, x=case.x[7:8], counts=case.counts[7:8])
-    assert torch.equal(run([alone], TILES[0])[0][0], whole[7])
+    for count in range(1, 5):
+        token = int((case.counts == count).nonzero()[0])
+        alone = replace(case, x=case.x[token : token + 1], counts=case.counts[token : token + 1])
+        assert torch.equal(run([alone], TILES[0])[0][0], whole[token])
 
 
 def test_a_token_that_is_not_finite_spoils_no_other() -> None:

@@ -14,7 +14,7 @@ from mobiquant_compiler.codegen.resources import Resources
 from mobiquant_compiler.spec import Activation, KernelSpec, SliceSpec
 
 H100 = Target.of(90)
-TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2))
+TILES = (BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2), BatchTile(16, 2))
 each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.tokens}c{tile.consumers}")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from mobiquant_compiler.codegen import cache as kernels
 from mobiquant_compiler.codegen import toolchain
+from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, shared_bytes
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
 from mobiquant_compiler.codegen.resident_layout import ResidentLayout
@@ -256,3 +257,33 @@ def test_networks_keep_their_sums_in_registers(hidden: int, long: bool, k: int, 
 def test_kernels_that_only_move_data_spill_nothing(family: Family, k: int, cuobjdump: str) -> None:
     spec = kernel_spec(family, SliceSpec(), k, TokenClass.of(1), Target.of(90))
     assert re.search(r"STACK:0\b", disassembled(spec, 90, cuobjdump, "-res-usage"))
+
+
+def joins(body: list[str], tile: BatchTile) -> int:
+    """Return how often a high sum and the low one that belongs to it are added in a loop of batch_wgmma."""
+    products = [re.search(r"IGMMA\.\S+ R(\d+), R\d+, gdesc", i) for i in body]
+    firsts = {int(found[1]) for found in products if found}
+    half = tile.tokens // 2  # registers with a thread's sums of high halves, before those of low ones
+    highs = {first + number for first in firsts for number in range(half)}
+    found = 0
+    for instruction in body:
+        name = re.search(r"\b(IMAD|LEA)\b", instruction)
+        numbers = {int(number) for number in re.findall(r"R(\d+)", instruction.partition(",")[2])}
+        found += bool(name) and any(number in highs and number + half in numbers for number in numbers)
+    return found
+
+
+@pytest.mark.parametrize("tile", [BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2)], ids=str)
+def test_every_slice_is_read(tile: BatchTile, cuobjdump: str) -> None:
+    """Sums of a slice, to which the next one is added, are not taken for those after it (`kept_sums`)."""
+    if reason := toolchain.gluon_refusal():
+        pytest.skip(reason)
+    spec = batch_spec(SliceSpec(), 4096, Target.of(90), tile=tile, row_unit=8)
+    bodies = list(loops(disassembled(spec, 90, cuobjdump, "-sass"), "IGMMA"))
+    seen = []
+    for body in bodies:
+        products = sum("IGMMA" in instruction for instruction in body) // 4
+        assert joins(body, tile) == products * tile.tokens // 2
+        assert spills(body) == (0, 0)
+        seen.append(products // 2)
+    assert sorted(set(seen)) == [1, 2, 3, 4], "bodies of tokens that are alike, and of unlike ones up to each count"
