@@ -12,8 +12,9 @@ from mobiquant_compiler.spec import BATCH_TOKENS, MULTIPROCESSORS, Activation, F
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies
 # Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these the programs of
-# `sliced_mma`, of 16 or 32 rows, keep more of them busy. Up to one for each two warpgroups share a program's columns.
-_LEAST_PROGRAMS, _LEAST_SMALL_PROGRAMS = 96, 200
+# `sliced_mma`, of 16 or 32 rows, keep more of them busy. Two warpgroups share a program's columns where there is one
+# program at a time: up to one for each, and of 16 tokens where two for each are not enough.
+_LEAST_PROGRAMS = 96
 _SMALL, _LARGE = 16, 32  # tokens of programs
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
@@ -50,8 +51,8 @@ def blocks_of(rows: Iterable[int]) -> int:
 def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     """Return the tile of a call, None where tokens as lanes load them are no slower if their counts are unlike; pure.
 
-    It must be said before counts are known. Tokens of one count are slower than by sliced_mma at 28672x8192 with 16
-    tokens, by less than unlike ones are faster there.
+    It must be said before counts are known. Tokens of one count may be slower than by sliced_mma, as 16 at 8192x28672,
+    by less than unlike ones are faster.
 
     Args:
         tokens: T.
@@ -59,12 +60,14 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     """
     if tokens < BATCH_TOKENS:
         return None
+    small, large = (math.ceil(tokens / size) * blocks for size in (_SMALL, _LARGE))
+    if small <= MULTIPROCESSORS:
+        return BatchTile(_SMALL, 2) if small >= _LEAST_PROGRAMS else None
     if tokens <= _SMALL:
-        return BatchTile(_SMALL, 1) if blocks >= _LEAST_SMALL_PROGRAMS else None
-    programs = math.ceil(tokens / _LARGE) * blocks
-    if programs < _LEAST_PROGRAMS:
+        return BatchTile(_SMALL, 1 if small <= 2 * MULTIPROCESSORS else 2)
+    if large < _LEAST_PROGRAMS:
         return None
-    return BatchTile(_LARGE, 2 if programs <= MULTIPROCESSORS else 1)
+    return BatchTile(_LARGE, 2 if large <= MULTIPROCESSORS else 1)
 
 
 def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:

@@ -22,7 +22,7 @@ from mobiquant_compiler.launches import Launch, kernels_of
 from mobiquant_compiler.spec import Activation, Family, Layout, SliceSpec
 
 H100 = Target.of(90)
-SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2)
+SMALL, SHARED_SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(16, 2), BatchTile(32, 1), BatchTile(32, 2)
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,17 @@ SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2)
         (8, 28672, None),
         (9, 14336, SMALL),
         (16, 14336, SMALL),
-        (16, 8192, None),
-        (17, 4096, None),
+        (9, 4096, None),
+        (9, 8192, SHARED_SMALL),
+        (16, 28672, SHARED_SMALL),
+        (17, 1024, None),
+        (17, 4096, SHARED_SMALL),
         (32, 8192, SHARED),
         (32, 14336, LARGE),
         (33, 4096, SHARED),
         (64, 4096, SHARED),
-        (64, 2048, None),
+        (64, 1024, None),
+        (64, 2048, SHARED_SMALL),
         (64, 8192, LARGE),
         (1000, 64, None),
         (1000, 4096, LARGE),
@@ -70,7 +74,7 @@ def test_tiles_are_those_that_calls_take(rows: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)])
 def test_tiles_fit_a_hopper(widths: tuple[int, ...], group: int, activation: Activation) -> None:
-    for tile in (SMALL, LARGE, SHARED):
+    for tile in (SMALL, SHARED_SMALL, LARGE, SHARED):
         spec = batch_spec(SliceSpec(widths, group), 576, H100, tile=tile, activation=activation)
         assert fits(spec, H100)
         assert spec.consumers * shared_bytes(spec) <= 2 * H100.shared_bytes
@@ -119,9 +123,9 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
 @pytest.mark.parametrize(
     ("spec", "cc", "parts", "n", "batches"),
     [
-        (SliceSpec(), 90, 1, 4096, 2),
+        (SliceSpec(), 90, 1, 4096, 3),
         (SliceSpec(), 90, 1, 14336, 2),  # of 16 tokens and of 32, but never fewer programs than multiprocessors
-        (SliceSpec(), 90, 3, 6144, 4),  # rows may be a multiple of eight, or not
+        (SliceSpec(), 90, 3, 6144, 6),  # rows may be a multiple of eight, or not
         (SliceSpec(), 100, 1, 4096, 0),
         (SliceSpec((4, 2)), 90, 1, 4096, 0),
         (SliceSpec(group=32), 90, 1, 4096, 0),
