@@ -107,18 +107,28 @@ class Weights:
         """Return as many copies as it takes to find none cached when `slices` of each are read."""
         return self.copies[: self._needed(slices)]
 
-    def prepare(self, x: Tensor, case: Case, *, trained: bool = False) -> Callable[[], Any]:
+    def prepare(
+        self, x: Tensor, case: Case, *, counts: Tensor | None = None, trained: bool = False
+    ) -> Callable[[], Any]:
         """Return route and quantize as a call, by a data-free router or a trained one.
 
-        Its thresholds give every token `case.slices`.
+        Its thresholds give every token `case.slices`; `counts` take the place of what it chose.
         """
         order = torch.arange(1, self.spec.num_slices, device=self.device)
         thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
         router = (*self.router, *self.network) if trained else self.router
         rows = wiring.takes_rows(x, [Weight(*self.copies[0], None)], self.spec)
-        facts = (self.hist, self.mask, self.spec, activation)
-        return lambda: wiring.prepare(x, router, thresholds, *facts, token_rows=rows)
+        routing = (x, router, thresholds, self.hist, self.mask)
+
+        def prepared() -> Any:
+            if rows and counts is not None:
+                wiring.route(*routing, "mlp" if trained else "energy")
+                return wiring.quantize(x, counts, self.spec, activation, token_rows=True)
+            found = wiring.prepare(*routing, self.spec, activation, token_rows=rows)
+            return found if counts is None else wiring.with_counts(found, counts)
+
+        return prepared
 
     def expected(self, x: Tensor, counts: Tensor, sample: Sample) -> Tensor:
         """Return the float64 result of the sampled tokens and output rows."""
@@ -151,12 +161,11 @@ def calls_of(weights: Weights, case: Case, x: Tensor, counts: Tensor) -> tuple[S
         prefill = Prefill.FULL if case.counts == "full" else Prefill.ROUTED
         whole = [partial(wiring.routed_linear, x, counts, *w, None, spec, activation, prefill) for w in rotation]
         return whole, whole, f"routed_linear, prefill {prefill}"
-    prepare = weights.prepare(x, case)
-    ready = wiring.with_counts(prepare(), counts)
+    prepare = weights.prepare(x, case, counts=counts)
+    ready = prepare()
 
     def chain(slices: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        prepared = wiring.with_counts(prepare(), counts)
-        return wiring.multiply(prepared, slices, scale, zero, None, spec, activation)
+        return wiring.multiply(prepare(), slices, scale, zero, None, spec, activation)
 
     alone = [partial(wiring.multiply, ready, *w, None, spec, activation) for w in rotation]
     whole = [partial(chain, *w) for w in rotation]

@@ -187,7 +187,7 @@ def kernels_of(
             found.append(kernel_spec(Family.ROUTE_QUANTIZE, spec, k, one, target, **facts, **first))
     counts = list(tokens)
     if gluon:
-        found += _batch_kernels(launch, target, counts, workspace=workspace)
+        found += _batch_kernels(launch, target, counts)
     for count in counts:
         own = multiply_spec(
             spec,
@@ -235,9 +235,7 @@ def binaries_of(
     return list(found)
 
 
-def _batch_kernels(
-    launch: Launch, target: Target, tokens: Sequence[TokenClass], *, workspace: bool
-) -> Iterator[KernelSpec]:
+def _batch_kernels(launch: Launch, target: Target, tokens: Sequence[TokenClass]) -> Iterator[KernelSpec]:
     """Yield the kernels of tokens as rows, where there are any for such a launch and so many tokens."""
     from mobiquant_compiler.codegen import batch_configs
     from mobiquant_compiler.codegen.configs import TokenClass, kernel_spec
@@ -248,10 +246,8 @@ def _batch_kernels(
     tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, launch.parts)]
     if not tiles:
         return
-    for long in (False, True) if workspace else (False,):
-        for route in (True, False):
-            facts = {"activation": launch.activation, "route": route, "long": long, "hidden": launch.hidden}
-            yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, token_rows=True, **facts)
+    facts = {"activation": launch.activation, "route": False, "token_rows": True}
+    yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, **facts)
     for unit in launch.row_units:
         for tile in tiles:
             facts = {"tile": tile, "activation": launch.activation, "parts": launch.parts, "row_unit": unit}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler import kernels, wiring
-from mobiquant_compiler.kernels import fused_kernel, gather_kernel, prepare_kernel, target_of
-from mobiquant_compiler.routing import idle_router, prepare, route
+from mobiquant_compiler.kernels import fused_kernel, gather_kernel, target_of
+from mobiquant_compiler.routing import idle_router, prepare, quantize, route
 from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
@@ -89,12 +89,10 @@ def _warm_call(
     hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
     mask = torch.zeros(1, dtype=torch.int32, device=x.device)
     counts = route(x, router, limits, hist, mask, kind)
-    quantize = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, route=False, quantize=True)
-    launch.prepare(quantize, x, counts=counts)
+    quantize(x, counts, spec, activation)
     kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
     launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
-    routing = (router, limits, hist, mask)
-    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
+    launched = 4 + _warm_batches(weights, x, counts, spec, n, activation, units)
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
@@ -111,28 +109,25 @@ def _warm_batches(
     weights: Sequence[Weight],
     x: Tensor,
     counts: Tensor,
-    routing: tuple[Sequence[Tensor], Tensor, Tensor, Tensor],
     spec: SliceSpec,
     n: int,
     activation: Activation,
     units: Sequence[int],
 ) -> int:
-    """Run the kernels of tokens as rows; routing is router, thresholds, histogram and mask. Returns how many."""
+    """Run the kernels of tokens as rows; returns how many."""
     from mobiquant_compiler.codegen.configs import TokenClass
 
     k, target = x.shape[-1], target_of(x.device)
     tiles = kernels.batch_tiles(spec, target, TokenClass.of(x.shape[0]), n, len(weights))
     if not tiles:
         return 0
-    quantize = prepare_kernel(spec, k, target, activation, route=False, quantize=True, token_rows=True)
-    launch.prepare(quantize, x, counts=counts)
-    prepared = prepare(x, *routing, spec, activation, token_rows=True)
+    prepared = quantize(x, counts, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
     for unit in units:
         for tile in tiles:
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
             launch.multiply(kernel, prepared, [_of_rows(weight, unit, spec, k) for weight in weights])
-    return 2 + len(tiles) * len(units)
+    return 1 + len(tiles) * len(units)
 
 
 def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:

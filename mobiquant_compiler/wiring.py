@@ -22,10 +22,9 @@ from mobiquant_compiler.kernels import (
     gather_kernel,
     gluon_refusal,
     multiply_kernel,
-    prepare_kernel,
     target_of,
 )
-from mobiquant_compiler.routing import prepare, route, routes
+from mobiquant_compiler.routing import prepare, quantize, route, routes
 from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
@@ -37,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def with_counts(prepared: Prepared, counts: Tensor) -> Prepared:
-    """Return prepared tokens with other slice counts, int32 [T]."""
+    """Return prepared tokens, no rows, with other slice counts, int32 [T]."""
+    assert prepared.placed is None, "rows are placed by their counts"
     return replace(prepared, counts=counts)
 
 
@@ -176,9 +176,8 @@ def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
-    facts = {"route": False, "quantize": True, "token_rows": takes_rows(x, weights, spec)}
-    kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, **facts)
-    return _multiply_all(launch.prepare(kernel, x, counts=counts), weights, spec, activation)
+    prepared = quantize(x, counts, spec, activation, token_rows=takes_rows(x, weights, spec))
+    return _multiply_all(prepared, weights, spec, activation)
 
 
 def by_workspace(
@@ -253,7 +252,7 @@ def elastic_linears(
     activation: Activation,
     prefill: Prefill,
 ) -> list[Tensor]:
-    """`reference.elastic_linears`: two launches on the integer path, one to route and quantize, one to multiply."""
+    """`reference.elastic_linears`: on the integer path a launch to route and quantize (rows: two), one to multiply."""
     n = max(weight.shape[1] for weight in slices)
     if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)

@@ -92,6 +92,8 @@ class Barrier:
         """Ask for a copy, which spoils what is there at once."""
         if pred:
             assert reads.waited is not None, "a copy before anything was waited for"
+            place = memory.data.storage_offset() * memory.data.element_size()
+            assert place % 128 == 0, "boxes are copied to multiples of 128 bytes"
             reads.waited.guarded.add(memory.allocation)
             with self.changed:
                 memory.data.copy_(torch.full_like(memory.data.view(torch.int8), POISON).view(memory.data.dtype))

@@ -58,6 +58,20 @@ def row_places(offs_g, token, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr)
 
 
 @triton.jit
+def place_of(counts_ptr, token, tokens):
+    """Return a token's place among the 64 around it, those of most slices first, and its slice count.
+
+    So tokens of the same count are neighbours, and tiles have few counts each.
+    """
+    own = tl.load(counts_ptr + token)
+    first = token // 64 * 64
+    others = first + tl.arange(0, 64)
+    counts = tl.load(counts_ptr + others, mask=others < tokens, other=own)
+    before = (counts > own) | ((counts == own) & (others < token))
+    return first + tl.sum(before.to(tl.int32), axis=0), own
+
+
+@triton.jit
 def _load_part(ptr, mask, COUNT: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
     if CHECKED:
         words = fragments.load_words(ptr, mask, COUNT, EMULATE)

@@ -81,33 +81,40 @@ def codes_of(
     words,
     slot,
     WHICH: gl.constexpr,
+    JOINED: gl.constexpr,
     COUNT: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Read a lane's codes of one group of a pair, COUNT slices joined: words of four codes; those of four less 128."""
+    """Read a lane's codes of one group of a pair, of the first JOINED of COUNT slices: words of four codes.
+
+    They are raised to the grid of COUNT slices; those of four are returned less 128.
+    """
     column = ()
-    for index in gl.static_range(COUNT):
+    for index in gl.static_range(JOINED):
         column = column + (words_of(words, slot, WHICH, index, COUNT, GROUP, WARPS),)
     codes = ()
     for place in gl.static_range(GROUP // 64):
         at = ()
-        for index in gl.static_range(COUNT):
+        for index in gl.static_range(JOINED):
             at = at + (column[index][place],)
-        codes = codes + operands.join_words(at, COUNT)
-    return codes
+        codes = codes + operands.join_words(at, JOINED)
+    raised = ()
+    for index in gl.static_range(len(codes)):
+        raised = raised + ((codes[index] << (2 * (COUNT - JOINED)) if COUNT > JOINED else codes[index]),)
+    return raised
 
 
 @gluon.jit
-def raised(word, PLACE: gl.constexpr, BIT: gl.constexpr):
+def moved(word, PLACE: gl.constexpr, BIT: gl.constexpr):
     """Return codes of two bits, at PLACE in each byte of words, as bytes with the codes at BIT."""
     MASK: gl.constexpr = 0x03030303 << BIT if BIT < 6 else -0x3F3F3F40
-    moved = word << (BIT - 2 * PLACE) if BIT >= 2 * PLACE else word >> (2 * PLACE - BIT)
-    return moved & MASK
+    codes = word << (BIT - 2 * PLACE) if BIT >= 2 * PLACE else word >> (2 * PLACE - BIT)
+    return codes & MASK
 
 
 @gluon.jit
-def raised_codes(
+def slice_of(
     words,
     slot,
     WHICH: gl.constexpr,
@@ -116,15 +123,12 @@ def raised_codes(
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Read a lane's codes of one slice of a group of a pair, raised to the grid of COUNT slices: words of four codes.
-
-    Those of the first of four slices are returned less 128.
-    """
+    """Read a lane's codes of one slice of a group of a pair, as `codes_of` does of several."""
     column = words_of(words, slot, WHICH, SLICE, COUNT, GROUP, WARPS)
     codes = ()
     for at in gl.static_range(GROUP // 64):
         for place in gl.static_range(4):
-            codes = codes + (raised(column[at], place, 2 * (COUNT - 1 - SLICE)),)
+            codes = codes + (moved(column[at], place, 2 * (COUNT - 1 - SLICE)),)
     return codes
 
 

@@ -1,10 +1,11 @@
 """Integer products of a pair of groups by a warpgroup, and what they add to its sums, for `batches` (Gluon, sm_90).
 
-Tokens that are alike take codes of all their slices as one integer. Of others every slice is multiplied, raised to the
-grid of the largest count and added by the tensor cores to the slices before it, and each token keeps the dot product
-that is there after its own last slice: its own one, times a power of four.
+Slices that all tokens use are one integer. Of the others every one is multiplied by itself, raised to the grid of the
+largest count and added by the tensor cores to the slices before it, and each token keeps the dot product that is there
+after its own last slice: its own one, times a power of four.
 
-Names are those of `batch_copies`; own is what `counts_of` returns, or nothing where tokens are alike.
+Names are those of `batch_copies`; LEAST and COUNT are the slices that all tokens and that any token use; own is what
+`counts_of` returns, or nothing where tokens are alike.
 """
 
 from triton.experimental import gluon
@@ -39,47 +40,47 @@ def begin_product(
     slot,
     sums,
     WHICH: gl.constexpr,
-    SLICE: gl.constexpr,
+    MORE: gl.constexpr,
+    LEAST: gl.constexpr,
     COUNT: gl.constexpr,
-    ALIKE: gl.constexpr,
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Begin to multiply all tokens by codes of one group: of COUNT slices as one, or, of tokens not ALIKE, of a slice.
+    """Begin to multiply all tokens by codes of one group: of LEAST slices as one, or of the MOREth slice after those.
 
     High and low halves are columns of one product, side by side as they lie in acts: [stages, planes, TOKENS, 128], for
-    each 128 columns of the pair high halves and, of a16, low ones. Returns their sums, on their way; from the second
-    slice on the product is added to the sums of those before it.
+    each 128 columns of the pair high halves and, of a16, low ones. Returns their sums, on their way; those of a single
+    slice are added to the sums of the slices before it.
     """
     BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, HALVES * TOKENS, 32])
     PLANE: gl.constexpr = HALVES * WHICH if GROUP == 128 else 0
     START: gl.constexpr = 0 if GROUP == 128 else 64 * WHICH
-    if ALIKE:
-        codes = batch_operands.codes_of(words, slot, WHICH, COUNT, GROUP, ROWS // 16)
+    if MORE == 0 and LEAST > 1:
+        codes = batch_operands.codes_of(words, slot, WHICH, LEAST, COUNT, GROUP, ROWS // 16)
     else:
-        codes = batch_operands.raised_codes(words, slot, WHICH, SLICE, COUNT, GROUP, ROWS // 16)
+        codes = batch_operands.slice_of(words, slot, WHICH, LEAST + MORE - 1, COUNT, GROUP, ROWS // 16)
     weight = batch_operands.operand(codes, GROUP, gl.DotOperandLayout(0, BOTH, 4))
     planes = acts.index(slot).reshape([acts.shape[1] * TOKENS, 128])
     x = planes.slice(PLANE * TOKENS, HALVES * TOKENS, 0).slice(START, GROUP, 1).permute((1, 0))
-    if SLICE == 0:
+    if MORE == 0:
         sums = gl.zeros([ROWS, HALVES * TOKENS], gl.int32, BOTH)
-    return warpgroup_mma(weight, x, sums, use_acc=SLICE > 0, is_async=True)
+    return warpgroup_mma(weight, x, sums, use_acc=MORE > 0, is_async=True)
 
 
 @gluon.jit
-def factor_of(tokens, SLICE: gl.constexpr, FACTOR: gl.constexpr):
-    """Return FACTOR, for each slice as an expression of its own that the compiler cannot know; T is below 2^28."""
-    return (tokens >> (31 - SLICE)) ^ FACTOR
+def factor_of(tokens, MORE: gl.constexpr, FACTOR: gl.constexpr):
+    """Return FACTOR, for each MORE as an expression of its own that the compiler cannot know; T is below 2^28."""
+    return (tokens >> (31 - MORE)) ^ FACTOR
 
 
 @gluon.constexpr_function
-def keep_assembly(least):
+def keep_assembly(more, least):
     """Return instructions that take ``high factor + low`` for tokens of so many slices, what was kept for others."""
-    if least == 1:
+    if more == 0:
         return "mad.lo.s32 $0, $3, $4, $5;"
-    return f"{{ .reg .pred p; setp.ge.s32 p, $1, {least}; mov.b32 $0, $2; @p mad.lo.s32 $0, $3, $4, $5; }}"
+    return f"{{ .reg .pred p; setp.ge.s32 p, $1, {least + more}; mov.b32 $0, $2; @p mad.lo.s32 $0, $3, $4, $5; }}"
 
 
 @gluon.jit
@@ -97,8 +98,8 @@ def halves_of(dots, HALVES: gl.constexpr, PRODUCT: gl.constexpr):
 
 
 @gluon.jit
-def kept_sums(kept, dots, own, SLICE: gl.constexpr, ALIKE: gl.constexpr, HALVES: gl.constexpr):
-    """Return the dot products after a slice, int32, of the tokens that use it, and what was kept before of the others.
+def kept_sums(kept, dots, own, MORE: gl.constexpr, LEAST: gl.constexpr, HALVES: gl.constexpr):
+    """Return the dot products after a product, int32, of tokens that use its slices, and what was kept of the others.
 
     The next product is added to the same registers. They are read where it says so here, since a compiler that reads
     them later copies all of them before. ptxas takes sums of the same registers before and after a product for one; a
@@ -107,11 +108,11 @@ def kept_sums(kept, dots, own, SLICE: gl.constexpr, ALIKE: gl.constexpr, HALVES:
     PRODUCT: gl.constexpr = kept.type.layout
     FACTOR: gl.constexpr = 256 if HALVES == 2 else 1
     high, low = halves_of(dots, HALVES, PRODUCT)
-    if ALIKE:
+    if len(own) == 0:
         kept = high * FACTOR + low
     else:
-        factor = gl.full_like(kept, 0) + factor_of(own[2], SLICE, FACTOR)
-        KEEP: gl.constexpr = keep_assembly(SLICE + 1)
+        factor = gl.full_like(kept, 0) + factor_of(own[2], MORE, FACTOR)
+        KEEP: gl.constexpr = keep_assembly(MORE, LEAST)
         args = [gl.full_like(kept, 0) + own[0], kept, high, factor, low]
         kept = gl.inline_asm_elementwise(KEEP, "=r,r,r,r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
     return kept
@@ -131,7 +132,7 @@ def load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def grid_of(scale, zero, own, COUNT: gl.constexpr, ALIKE: gl.constexpr):
+def grid_of(scale, zero, own, COUNT: gl.constexpr):
     """Return steps of the grid of COUNT slices as `scaling.grid_at` does, and centres of each token's codes on it.
 
     Numerics: a token's centre and dot product are those of its own grid times a power of four, and the step is that of
@@ -139,7 +140,7 @@ def grid_of(scale, zero, own, COUNT: gl.constexpr, ALIKE: gl.constexpr):
     """
     GROW: gl.constexpr = 1.0 * operands.power_of(COUNT)
     size = (scale * shrink_of(COUNT))[:, None]
-    if ALIKE:
+    if len(own) == 0:
         centre = gl.fma(zero, GROW, 0.5 * GROW - 0.5)[:, None]
     else:
         centre = gl.fma(zero[:, None], GROW, own[1])
@@ -153,14 +154,14 @@ def multiply_pair(
     slot,
     scales,
     own,
+    LEAST: gl.constexpr,
     COUNT: gl.constexpr,
-    ALIKE: gl.constexpr,
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Add a pair of groups to the sums of a chain; both groups in turns, a slice of each.
+    """Add a pair of groups to the sums of a chain; both groups in turns, a product of each.
 
     The next product is begun before the last one is waited for.
     """
@@ -168,26 +169,26 @@ def multiply_pair(
     WARPS: gl.constexpr = ROWS // 16
     PRODUCT: gl.constexpr = sums.type.layout
     TOKEN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
-    JOBS: gl.constexpr = 2 if ALIKE else 2 * COUNT
+    JOBS: gl.constexpr = 2 * (COUNT - LEAST + 1)
     dots = (gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT), gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT))
-    begun = begin_product(words, acts, slot, 0, 0, 0, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS)
+    begun = begin_product(words, acts, slot, 0, 0, 0, LEAST, COUNT, GROUP, HALVES, TOKENS, ROWS)
     done = begun
     for job in gl.static_range(JOBS):
         if job + 1 < JOBS:
             later = begin_product(
-                words, acts, slot, done, (job + 1) % 2, (job + 1) // 2, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS
+                words, acts, slot, done, (job + 1) % 2, (job + 1) // 2, LEAST, COUNT, GROUP, HALVES, TOKENS, ROWS
             )
             done = warpgroup_mma_wait(num_outstanding=1, deps=[begun])
             begun = later
         else:
             done = warpgroup_mma_wait(num_outstanding=0, deps=[begun])
-        more = kept_sums(dots[0], done, own, job // 2, ALIKE, HALVES)
+        more = kept_sums(dots[0], done, own, job // 2, LEAST, HALVES)
         dots = (dots[1], more)
         if job + 2 >= JOBS:
             if len(totals) > 0:
                 more += 128 * batch_operands.totals_of(totals[0], slot, job % 2, TOKENS, WARPS, TOKEN)
             step, shift = batch_operands.facts_of(facts, slot, job % 2, TOKENS, WARPS, TOKEN)
             scale, zero = scales[job % 2].to(gl.float32), scales[2 + job % 2].to(gl.float32)
-            size, centre = grid_of(scale, zero, own, COUNT, ALIKE)
+            size, centre = grid_of(scale, zero, own, COUNT)
             sums = gl.fma(size, gl.fma(more.to(gl.float32), step, shift * centre), sums)
     return sums

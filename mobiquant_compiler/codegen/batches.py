@@ -34,8 +34,8 @@ def consume(
     memory,
     given,
     WHO: gl.constexpr,
+    LEAST: gl.constexpr,
     COUNT: gl.constexpr,
-    ALIKE: gl.constexpr,
     GROUP: gl.constexpr,
     K_PADDED: gl.constexpr,
     HALVES: gl.constexpr,
@@ -60,7 +60,7 @@ def consume(
     row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)), n_rows - 1)
     group_at = row.to(gl.int64) * GROUPS
     own = ()
-    if not ALIKE:
+    if LEAST < COUNT:
         own = batch_products.counts_of(counts_ptr, first, tokens, COUNT, TOKENS, gl.SliceLayout(0, PRODUCT))
     it = gl.to_tensor(0)
     pair = gl.to_tensor(WHO)
@@ -75,7 +75,7 @@ def consume(
             scales = batch_products.load_scales(scale_ptr, zero_ptr, group_at, pair, GROUPS)
             mbarrier.wait(ready.index(slot), (it // NUM_STAGES) & 1)
             sums = batch_products.multiply_pair(
-                sums, stages, slot, these, own, COUNT, ALIKE, GROUP, HALVES, TOKENS, ROWS
+                sums, stages, slot, these, own, LEAST, COUNT, GROUP, HALVES, TOKENS, ROWS
             )
             # Loads of facts may still be under way, behind scales that come slowly, and a copy that a barrier lets in
             # does not wait for them: without the fence some warps read the facts of the pair that is copied next.
@@ -103,8 +103,10 @@ def sum_of_four(levels, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def write_tile(sums, bias_ptr, y_ptr, tokens, place, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr):
-    """Add the bias and write a tile of sums, rows side by side."""
+def write_tile(
+    sums, order_ptr, bias_ptr, y_ptr, tokens, place, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr
+):
+    """Add the bias and write a tile of sums to where its tokens belong, rows side by side."""
     WARPS: gl.constexpr = ROWS // 16
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
@@ -117,22 +119,23 @@ def write_tile(sums, bias_ptr, y_ptr, tokens, place, HAS_BIAS: gl.constexpr, TOK
     staged = gl.allocate_shared_memory(DTYPE, [TOKENS, ROWS], STAGED)
     staged.permute((1, 0)).store(sums.to(DTYPE))
     y = staged.permute((1, 0)).load(OUT)
-    token = first + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
+    at = first + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
+    token = gl.load(order_ptr + at, mask=at < tokens, other=0)
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-    inside = (token < tokens)[None, :] & (row < n_rows)[:, None]
+    inside = (at < tokens)[None, :] & (row < n_rows)[:, None]
     gl.store(y_ptr + token.to(gl.int64)[None, :] * n_rows + row[:, None], y, mask=inside)
 
 
 @gluon.jit
 def multiply_program(
     descs,
-    counts_ptr,
+    placed_ptr,
     weight,
     y_ptr,
     tokens,
     place,
+    LEAST: gl.constexpr,
     COUNT: gl.constexpr,
-    ALIKE: gl.constexpr,
     GROUP: gl.constexpr,
     K_PADDED: gl.constexpr,
     HALVES: gl.constexpr,
@@ -144,7 +147,7 @@ def multiply_program(
 ):
     """Multiply a program's TOKENS tokens by its ROWS rows and write the result; weight: scale, zero point, bias.
 
-    No token uses more than COUNT slices, and one uses as many; of tokens that are ALIKE all do.
+    No token uses more than COUNT slices, or fewer than LEAST.
     """
     scale_ptr, zero_ptr, bias_ptr = weight
     WARPS: gl.constexpr = ROWS // 16
@@ -167,14 +170,14 @@ def multiply_program(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     memory = (stages, levels, ready, empty)
-    given = (counts_ptr, scale_ptr, zero_ptr, tokens, place)
+    given = (placed_ptr, scale_ptr, zero_ptr, tokens, place)
     # Constants are spelled out: one that goes by way of a variable is none any more.
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (memory, given, 0, COUNT, ALIKE, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 2, NUM_STAGES)),
-                (consume, (memory, given, 1, COUNT, ALIKE, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 2, NUM_STAGES)),
+                (consume, (memory, given, 0, LEAST, COUNT, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 2, NUM_STAGES)),
+                (consume, (memory, given, 1, LEAST, COUNT, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 2, NUM_STAGES)),
                 (produce, (descs, memory, given, COUNT, GROUP, K_PADDED, PLANES, TOKENS, ROWS, 2, NUM_STAGES)),
             ],
             [WARPS, 1],
@@ -184,7 +187,7 @@ def multiply_program(
     else:
         gl.warp_specialize(
             [
-                (consume, (memory, given, 0, COUNT, ALIKE, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 1, NUM_STAGES)),
+                (consume, (memory, given, 0, LEAST, COUNT, GROUP, K_PADDED, HALVES, TOKENS, ROWS, 1, NUM_STAGES)),
                 (produce, (descs, memory, given, COUNT, GROUP, K_PADDED, PLANES, TOKENS, ROWS, 1, NUM_STAGES)),
             ],
             [1],
@@ -195,4 +198,4 @@ def multiply_program(
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
         mbarrier.invalidate(empty.index(stage))
-    write_tile(sums, bias_ptr, y_ptr, tokens, place, HAS_BIAS, TOKENS, ROWS)
+    write_tile(sums, placed_ptr + tokens, bias_ptr, y_ptr, tokens, place, HAS_BIAS, TOKENS, ROWS)

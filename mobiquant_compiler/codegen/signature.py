@@ -55,6 +55,7 @@ _FIXED = {
     "hist_ptr": "*i64",
     "mask_ptr": "*i32",
     "counts_ptr": "*i32",
+    "placed_ptr": "*i32",
     "offsets_ptr": "*i32",
     "rows_ptr": "*i32",
     "slices_ptr": "*i32",

@@ -50,6 +50,8 @@ class Prepared:
         columns: K, columns before padding.
         dtype: Of the activations, and so of the outputs.
         sums: Sums of the integers, int32 [groups, 8 blocks], where tokens are rows; None where they are not.
+        placed: Slice counts of rows and which token each is, int32 [2, T]: tokens of most slices come first, of every
+            64; None where tokens are no rows.
     """
 
     counts: Tensor
@@ -60,6 +62,7 @@ class Prepared:
     columns: int
     dtype: torch.dtype
     sums: Tensor | None = None
+    placed: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -161,7 +164,9 @@ def prepare(
     high, low, sums = _scratch(spec, blocks, x.device)
     affine = torch.empty(groups if spec.quantize else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
     shape, flat = tuple(x.shape[:-1]), counts.reshape(-1).contiguous()
-    prepared = Prepared(flat, high, low[:0] if spec.token_rows else low, affine, shape, columns, x.dtype, sums)
+    placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
+    low_only = low[:0] if spec.token_rows else low
+    prepared = Prepared(flat, high, low_only, affine, shape, columns, x.dtype, sums, placed)
     if tokens:
         energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
         programs = ceil_div(spec.k, spec.block_w) if spec.quantize else 0
@@ -183,6 +188,7 @@ def prepare(
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
                 sums_ptr=sums,
+                placed_ptr=placed,
                 tokens=tokens,
                 capacity=0 if mask is None else mask.numel(),
             )
@@ -264,6 +270,7 @@ def _rows_arguments(prepared: Prepared) -> dict[str, Any]:
         "acts_ptr": prepared.high.flatten(0, 1),
         "facts_ptr": prepared.affine.flatten(1),
         "sums_ptr": prepared.sums,
+        "placed_ptr": prepared.placed,
     }
 
 

@@ -20,9 +20,11 @@ LARGEST = 32637  # of a16: its high half rounds to a signed byte, with the low o
 QUARTERS = [0, 2, 1, 3]  # which quarter of a group the four lanes of a quad hold
 
 
-def prepare(x: Tensor, group: int, activation: Activation = A16, *, token_rows: bool = False) -> Prepared:
-    """Quantize tokens; all have one slice."""
-    counts = torch.ones(x.shape[:-1], dtype=torch.int32)
+def prepare(
+    x: Tensor, group: int, activation: Activation = A16, *, token_rows: bool = False, counts: Tensor | None = None
+) -> Prepared:
+    """Quantize tokens, by default of one slice each."""
+    counts = torch.ones(x.shape[:-1], dtype=torch.int32) if counts is None else counts
     facts = {"route": False, "quantize": True, "token_rows": token_rows}
     kernel = prepare_kernel(SliceSpec((2, 2), group), x.shape[-1], Target.of(80), activation, **facts)
     return launch.prepare(kernel, x, counts=counts)
@@ -110,6 +112,24 @@ def test_tokens_as_rows_are_the_same_integers(group: int, activation: Activation
         assert torch.equal(rows.affine[:, :tokens], lanes.affine[:, :tokens])
         assert rows.sums is not None
         assert torch.equal(rows.sums[:, :tokens].t(), found.sum(-1).int())
+
+
+@pytest.mark.parametrize("tokens", [9, 64, 100])
+def test_rows_of_most_slices_come_first(tokens: int) -> None:
+    """Of every 64 tokens; with the same count in their order, each with its integers, step and sum."""
+    x, counts = torch.randn(tokens, 192), torch.randint(1, 5, (tokens,), dtype=torch.int32)
+    plain, rows = prepare(x, 64, token_rows=True), prepare(x, 64, token_rows=True, counts=counts)
+    windows = range(0, tokens, 64)
+    wanted = torch.cat([w + counts[w : w + 64].argsort(descending=True, stable=True) for w in windows])
+    assert rows.placed is not None
+    assert plain.placed is not None
+    assert torch.equal(rows.placed, torch.stack([counts[wanted], wanted.int()]))
+    assert torch.equal(plain.placed[1], torch.arange(tokens, dtype=torch.int32)), "all alike: as they are"
+    assert torch.equal(integers_of_rows(rows, 64), integers_of_rows(plain, 64)[wanted])
+    for of_rows, of_plain in ((rows.affine, plain.affine), (rows.sums, plain.sums)):
+        assert of_rows is not None
+        assert of_plain is not None
+        assert torch.equal(of_rows[:, :tokens], of_plain[:, wanted])
 
 
 @pytest.mark.parametrize("activation", list(Activation))

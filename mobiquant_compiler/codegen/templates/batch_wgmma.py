@@ -58,7 +58,7 @@ def of_part(part, p0, p1, p2, p3, PARTS: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=("counts_ptr", "bias_ptr", "bias1_ptr", "bias2_ptr", "bias3_ptr", "tokens")
+    do_not_specialize=("placed_ptr", "bias_ptr", "bias1_ptr", "bias2_ptr", "bias3_ptr", "tokens")
     + ("scale_ptr", "scale1_ptr", "scale2_ptr", "scale3_ptr", "zero_ptr", "zero1_ptr", "zero2_ptr", "zero3_ptr")
     + ("row_units", "row1_units", "row2_units", "row3_units")
 )
@@ -70,7 +70,7 @@ def batch_wgmma(
     slices1_desc,
     slices2_desc,
     slices3_desc,
-    counts_ptr,
+    placed_ptr,
     scale_ptr,
     scale1_ptr,
     scale2_ptr,
@@ -113,9 +113,9 @@ def batch_wgmma(
     A program multiplies BLOCK_M tokens by BLOCK_N rows of one weight. One warp copies, of slices up to the largest
     count of a token; CONSUMERS warpgroups multiply, each its share of the eight chains.
 
-    Shapes: acts int8 [spans of 128 columns times halves, T rounded up to 8, 128], facts float32 [groups, tokens, 2] and
-        sums int32 [groups, tokens] as `route_quantize` writes them with TOKEN_ROWS; counts int32 [T]; per weight i
-        slices int32 [NUM_SLICES N_i, K_PADDED / 16], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
+    Shapes: acts int8 [spans of 128 columns times halves, T rounded up to 8, 128], facts float32 [groups, tokens, 2],
+        sums int32 [groups, tokens] and placed int32 [2, T] as `route_quantize` writes them with TOKEN_ROWS; per weight
+        i slices int32 [NUM_SLICES N_i, K_PADDED / 16], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
         written; N_i is ``row_units ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time. Grid: (T /
         BLOCK_M, sum of N_i / BLOCK_N), each rounded up.
     Numerics: those of `sliced_mma`, to the last bit, while the largest activation of a group is zero or between 2^-112
@@ -128,7 +128,7 @@ def batch_wgmma(
     gl.static_assert(GROUP == 64 or GROUP == 128, "a group has 64 or 128 columns")
     gl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
     gl.static_assert(PARTS >= 1 and PARTS <= 4, "one launch serves 1 to 4 weights")
-    gl.static_assert(BLOCK_M == 16 or BLOCK_M == 32 or BLOCK_M == 64, "a program has 16, 32 or 64 tokens")
+    gl.static_assert(BLOCK_M == 16 or BLOCK_M == 32, "a program has 16 or 32 tokens")
     gl.static_assert(BLOCK_N == 64 and NUM_WARPS == 4, "a consumer is a warpgroup, which multiplies 64 rows")
     gl.static_assert(CONSUMERS == 1 or CONSUMERS == 2, "one warpgroup multiplies, or two")
     gl.static_assert(NUM_STAGES >= 3, "one stage less where stages are large, and one is read while others are written")
@@ -159,20 +159,20 @@ def batch_wgmma(
     place = (gl.program_id(0) * BLOCK_M, block * BLOCK_N, n_rows, part)
     if OVERLAP:
         overlap_with_neighbours()
-    most, least = batches.counts_between(counts_ptr, place[0], tokens, NUM_SLICES, BLOCK_M, NUM_WARPS)
+    most, least = batches.counts_between(placed_ptr, place[0], tokens, NUM_SLICES, BLOCK_M, NUM_WARPS)
     for count in gl.static_range(1, NUM_SLICES + 1):
-        # Tokens of one count, the usual case, get a body that multiplies once and tells nothing apart.
-        for alike in gl.static_range(1 if count == 1 else 0, 2):
-            if (most == count) & ((least == most) == (alike == 1)):
+        # Tokens of one count multiply once and tell nothing apart, those of two counts side by side multiply twice.
+        for spread in gl.static_range(3 if count > 2 else count):
+            if (most == count) & (gl.minimum(most - least, 2) == spread):
                 batches.multiply_program(
                     descs,
-                    counts_ptr,
+                    placed_ptr,
                     (scale_ptr, zero_ptr, bias_ptr if HAS_BIAS else y_ptr),
                     y_ptr,
                     tokens,
                     place,
+                    count - spread if spread < 2 else 1,
                     count,
-                    alike == 1,
                     GROUP,
                     K_PADDED,
                     HALVES,

@@ -119,6 +119,8 @@ def route_by_network(
     """Score BLOCK_M tokens by a trained router and choose their slice counts.
 
     A token's sums have one order, that of `networks`, whatever BLOCK_M is and whatever else the kernel does.
+
+    Shapes: hidden [HIDDEN, COLUMNS + 2], hidden_bias [HIDDEN], out [E - 1, HIDDEN], out_bias [E - 1] float16.
     """
     tl.static_assert(HIDDEN == 0 or BLOCK_R % (64 * NUM_WARPS) == 0, "a step gives two columns to each thread")
     offs_e = tl.arange(0, networks.places_of(NUM_SLICES - 1))
@@ -161,6 +163,8 @@ def route_by_network(
 @triton.jit
 def quantize_columns(
     x_ptr,
+    counts_ptr,
+    placed_ptr,
     high_ptr,
     low_ptr,
     affine_ptr,
@@ -175,7 +179,13 @@ def quantize_columns(
     TOKEN_ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Write BLOCK_W columns of one token in fixed point."""
+    """Write BLOCK_W columns of one token in fixed point.
+
+    Shapes: high, low words of bytes and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times
+        the sum of the integers), in the order of `activations.activation_places`, zero from COLUMNS on. With TOKEN_ROWS
+        in that of `row_places`, tokens where `place_of` says; then also sums int32 [K_PADDED / GROUP, T rounded up to
+        8] and placed int32 [2, T], the count and the token at each place.
+    """
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
     tl.static_assert(BLOCK_W % GROUP == 0, "a program quantizes whole groups")
@@ -183,6 +193,11 @@ def quantize_columns(
     tl.static_assert(COLUMNS >= 1 and COLUMNS <= K_PADDED, "there are columns, no more than padded ones")
     GROUPS: tl.constexpr = K_PADDED // GROUP
     x_ptr += token.to(tl.int64) * COLUMNS
+    if TOKEN_ROWS:
+        place, count = activations.place_of(counts_ptr, token, tokens)
+        tl.store(placed_ptr + place, count, mask=first_group == 0)
+        tl.store(placed_ptr + tokens + place, token, mask=first_group == 0)
+        token = place
     blocks = tl.cdiv(tokens, 8)
     offs_g = first_group + tl.arange(0, BLOCK_W // GROUP)
     in_g = offs_g < GROUPS
@@ -238,6 +253,7 @@ def begin(
         "hist_ptr",
         "mask_ptr",
         "counts_ptr",
+        "placed_ptr",
         "tokens",
         "capacity",
     )
@@ -254,6 +270,7 @@ def route_quantize(
     hist_ptr,
     mask_ptr,
     counts_ptr,
+    placed_ptr,
     high_ptr,
     low_ptr,
     affine_ptr,
@@ -279,20 +296,16 @@ def route_quantize(
 ):
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
-    Program 0 of token i routes (by a network BLOCK_M tokens from ``i BLOCK_M`` on); others quantize BLOCK_W columns.
-
-    Shapes: x [T, COLUMNS]; energy [COLUMNS], gain and thresholds [E - 1] float32; of a trained router hidden [HIDDEN,
-        COLUMNS + 2], hidden_bias [HIDDEN], out [E - 1, HIDDEN], out_bias [E - 1] float16; hist int64 [E]; mask int32
-        [capacity], first the number of tokens it describes; counts int32 [T], written; high, low words of bytes and
-        affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times the sum of the integers), in
-        the order of `activations.activation_places`, zero from COLUMNS on; with TOKEN_ROWS in that of `row_places`, and
-        sums int32 [K_PADDED / GROUP, T rounded up to 8]. Grid: (T, or with ROUTE alone T / BLOCK_M; one with ROUTE and
-        K_PADDED / BLOCK_W with QUANTIZE), rounded up.
+    Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
+        int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
+        TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
+        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
+    tl.static_assert(not (TOKEN_ROWS and ROUTE), "rows are placed by counts that are known before")
     token, part = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         begin(
@@ -348,6 +361,8 @@ def route_quantize(
     if QUANTIZE and part >= 0:
         quantize_columns(
             x_ptr=x_ptr,
+            counts_ptr=counts_ptr,
+            placed_ptr=placed_ptr,
             high_ptr=high_ptr,
             low_ptr=low_ptr,
             affine_ptr=affine_ptr,
