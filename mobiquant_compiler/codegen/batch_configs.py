@@ -11,11 +11,10 @@ from mobiquant_compiler.spec import BATCH_TOKENS, MULTIPROCESSORS, Activation, F
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies
-# Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these the programs of
-# `sliced_mma`, of 16 or 32 rows, keep more of them busy. Two warpgroups share a program's columns where there is one
-# program at a time: up to one for each, and of 16 tokens where two for each are not enough.
-_LEAST_PROGRAMS = 96
 _SMALL, _LARGE = 16, 32  # tokens of programs
+# Measured on an H100, of 132 multiprocessors, for 2048 to 28672 rows: with fewer programs than these, of calls of one
+# tile and of more, the programs of `sliced_mma`, of 16 or 32 rows, keep more of them busy.
+_LEAST_OF_ONE_TILE, _LEAST_PROGRAMS = 80, 64
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
 
@@ -61,13 +60,12 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     if tokens < BATCH_TOKENS:
         return None
     small, large = (math.ceil(tokens / size) * blocks for size in (_SMALL, _LARGE))
-    if small <= MULTIPROCESSORS:
-        return BatchTile(_SMALL, 2) if small >= _LEAST_PROGRAMS else None
-    if tokens <= _SMALL:
-        return BatchTile(_SMALL, 1 if small <= 2 * MULTIPROCESSORS else 2)
-    if large < _LEAST_PROGRAMS:
+    least = _LEAST_OF_ONE_TILE if tokens <= _SMALL else _LEAST_PROGRAMS
+    if small < least:
         return None
-    return BatchTile(_LARGE, 2 if large <= MULTIPROCESSORS else 1)
+    size, programs = (_SMALL, small) if tokens <= _SMALL or small <= MULTIPROCESSORS else (_LARGE, large)
+    # Two programs share a multiprocessor where there are no more than that; elsewhere two warpgroups share a program.
+    return BatchTile(size, 1 if MULTIPROCESSORS < programs <= 2 * MULTIPROCESSORS else 2)
 
 
 def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:

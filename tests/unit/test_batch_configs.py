@@ -38,14 +38,19 @@ SMALL, SHARED_SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(16, 2), BatchTi
         (17, 1024, None),
         (17, 4096, SHARED_SMALL),
         (32, 8192, SHARED),
+        (16, 5120, SHARED_SMALL),
+        (32, 5120, SHARED),
+        (32, 2048, SHARED_SMALL),
+        (32, 1024, None),
         (32, 14336, LARGE),
+        (64, 14336, SHARED),
         (33, 4096, SHARED),
         (64, 4096, SHARED),
-        (64, 1024, None),
+        (64, 1024, SHARED_SMALL),
         (64, 2048, SHARED_SMALL),
         (64, 8192, LARGE),
         (1000, 64, None),
-        (1000, 4096, LARGE),
+        (1000, 4096, SHARED),
     ],
 )
 def test_who_serves_a_call(tokens: int, n: int, tile: BatchTile | None) -> None:
@@ -124,7 +129,7 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
     ("spec", "cc", "parts", "n", "batches"),
     [
         (SliceSpec(), 90, 1, 4096, 3),
-        (SliceSpec(), 90, 1, 14336, 2),  # of 16 tokens and of 32, but never fewer programs than multiprocessors
+        (SliceSpec(), 90, 1, 14336, 3),  # of 16 tokens and of 32, but never fewer programs of 16 than multiprocessors
         (SliceSpec(), 90, 3, 6144, 6),  # rows may be a multiple of eight, or not
         (SliceSpec(), 100, 1, 4096, 0),
         (SliceSpec((4, 2)), 90, 1, 4096, 0),
