@@ -117,12 +117,13 @@ def blocks_of_tokens(device: str) -> list[str]:
     if not kernels.batch_tiles(SPECS[0], kernels.target_of(torch.device(device)), TokenClass.MANY, 6_400, 1):
         print("blocks: this device has no products of warpgroups; the same calls go to sliced_mma")
     wrong = []
-    for tokens, n in ((16, 12_840), (32, 6_400), (40, 6_205)):
+    for tokens, n in ((15, 6_400), (16, 12_840), (32, 6_400), (40, 6_205)):
         case = integer_case(SPECS[0], tokens, n, COLUMNS, bias=True, device=device)
         name = f"{tokens} tokens, {n} rows"
         wrong += check(name, wiring.routed_linear(*case.arguments, SPECS[0]), case)
-        case.counts.fill_(4)
-        wrong += check(f"{name}, all slices", wiring.routed_linear(*case.arguments, SPECS[0]), case)
+        for least in (3, 4):
+            case.counts.clamp_(min=least)
+            wrong += check(f"{name}, {least} slices at least", wiring.routed_linear(*case.arguments, SPECS[0]), case)
         y = wiring.routed_linear(*case.arguments, SPECS[0], Activation.A8)
         wrong += [] if bool(y.isfinite().all()) else [f"{name}, a8: not finite"]
     return wrong

@@ -56,10 +56,11 @@ def test_integers_are_exact(widths: tuple[int, ...], group: int, tile: BatchTile
 
 
 @each_tile
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_tokens_of_one_count(count: int, tile: BatchTile) -> None:
+@pytest.mark.parametrize("counts", [(1,), (2,), (3,), (4,), (1, 2), (2, 3), (3, 4), (2, 4), (1, 3)], ids=str)
+def test_tokens_of_few_counts(counts: tuple[int, ...], tile: BatchTile) -> None:
+    """Bodies for tokens that are alike, for those of two counts side by side, and for others."""
     case = integer_case(SliceSpec(group=64), 33, 64, 640, dtype=torch.bfloat16)
-    case.counts.fill_(count)
+    case.counts.copy_(torch.tensor(counts).repeat(33)[:33])
     assert torch.equal(run([case], tile)[0], case.expected(torch.float32).bfloat16())
 
 
