@@ -1,4 +1,4 @@
-"""Routing on CUDA: the op `route`, and tokens that are routed and quantized in one launch; for any kind of router."""
+"""Routing on CUDA: the op `route`, and tokens that are routed and quantized; for any kind of router."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Integer products of a pair of groups by a warpgroup, and what they add to its sums, for `batches` (Gluon, sm_90).
 
-Slices that all tokens use are one integer. Of the others every one is multiplied by itself, raised to the grid of the
+The first LEAST slices are one integer. Of the others every one is multiplied by itself, raised to the grid of the
 largest count and added by the tensor cores to the slices before it, and each token keeps the dot product that is there
 after its own last slice: its own one, times a power of four.
 
-Names are those of `batch_copies`; LEAST and COUNT are the slices that all tokens and that any token use; own is what
+Names are those of `batch_copies`; Every token uses LEAST slices, none more than COUNT; own is what
 `counts_of` returns, or nothing where tokens are alike.
 """
 
@@ -114,7 +114,7 @@ def kept_sums(kept, dots, own, MORE: gl.constexpr, LEAST: gl.constexpr, HALVES: 
         factor = gl.full_like(kept, 0) + factor_of(own[2], MORE, FACTOR)
         KEEP: gl.constexpr = keep_assembly(MORE, LEAST)
         args = [gl.full_like(kept, 0) + own[0], kept, high, factor, low]
-        kept = gl.inline_asm_elementwise(KEEP, "=r,r,r,r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
+        kept = gl.inline_asm_elementwise(KEEP, "=&r,r,r,r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
     return kept
 
 
@@ -136,7 +136,8 @@ def grid_of(scale, zero, own, COUNT: gl.constexpr):
     """Return steps of the grid of COUNT slices as `scaling.grid_at` does, and centres of each token's codes on it.
 
     Numerics: a token's centre and dot product are those of its own grid times a power of four, and the step is that of
-        its own grid over it: the same bits, as long as nothing leaves float32's normal numbers.
+        its own grid over it: the same bits, as long as nothing leaves float32's normal numbers. With scales and zero
+        points of 16 bits nothing does whose group's largest activation is zero or between 2^-112 and 2^112.
     """
     GROW: gl.constexpr = 1.0 * operands.power_of(COUNT)
     size = (scale * shrink_of(COUNT))[:, None]

@@ -259,31 +259,20 @@ def test_kernels_that_only_move_data_spill_nothing(family: Family, k: int, cuobj
     assert re.search(r"STACK:0\b", disassembled(spec, 90, cuobjdump, "-res-usage"))
 
 
-def joins(body: list[str], tile: BatchTile) -> int:
-    """Return how often a high sum and the low one that belongs to it are added in a loop of batch_wgmma."""
-    products = [re.search(r"IGMMA\.\S+ R(\d+), R\d+, gdesc", i) for i in body]
-    firsts = {int(found[1]) for found in products if found}
-    half = tile.tokens // 2  # registers with a thread's sums of high halves, before those of low ones
-    highs = {first + number for first in firsts for number in range(half)}
-    found = 0
-    for instruction in body:
-        name = re.search(r"\b(IMAD|LEA)\b", instruction)
-        numbers = {int(number) for number in re.findall(r"R(\d+)", instruction.partition(",")[2])}
-        found += bool(name) and any(number in highs and number + half in numbers for number in numbers)
-    return found
-
-
-@pytest.mark.parametrize("tile", [BatchTile(16, 1), BatchTile(32, 1), BatchTile(32, 2)], ids=str)
-def test_every_slice_is_read(tile: BatchTile, cuobjdump: str) -> None:
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("tile", [BatchTile(size, both) for size in (16, 32) for both in (1, 2)], ids=str)
+def test_every_slice_is_read(tile: BatchTile, activation: Activation, cuobjdump: str) -> None:
     """Sums of a slice, to which the next one is added, are not taken for those after it (`kept_sums`)."""
     if reason := toolchain.gluon_refusal():
         pytest.skip(reason)
-    spec = batch_spec(SliceSpec(), 4096, Target.of(90), tile=tile, row_unit=8)
-    bodies = list(loops(disassembled(spec, 90, cuobjdump, "-sass"), "IGMMA"))
+    spec = batch_spec(SliceSpec(), 4096, Target.of(90), tile=tile, activation=activation, row_unit=8)
     seen = []
-    for body in bodies:
+    for body in loops(disassembled(spec, 90, cuobjdump, "-sass"), "IGMMA"):
         products = sum("IGMMA" in instruction for instruction in body) // 4
-        assert joins(body, tile) == products * tile.tokens // 2
+        kept = sum(bool(re.match(r"@!?P\d+ IMAD R", instruction)) for instruction in body)
+        # Both groups' first products are for all tokens; a thread has a sum for half of them, in two rows each.
+        assert kept == (products - 2) * tile.tokens // 2
         assert spills(body) == (0, 0)
         seen.append(products // 2)
-    assert sorted(set(seen)) == [1, 2, 3, 4], "bodies of tokens that are alike, and of unlike ones up to each count"
+    # Products a group: of alike tokens, of two counts side by side, of three and four slices.
+    assert sorted(seen) == sorted([1, 1, 1, 1, 2, 2, 2, 3, 4] * tile.consumers)

@@ -118,9 +118,8 @@ def batch_wgmma(
         i slices int32 [NUM_SLICES N_i, K_PADDED / 16], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
         written; N_i is ``row_units ROW_UNIT``: with a unit of 8, rows are written 16 bytes at a time. Grid: (T /
         BLOCK_M, sum of N_i / BLOCK_N), each rounded up.
-    Numerics: those of `sliced_mma`, to the last bit, while the largest activation of a group is zero or between 2^-112
-        and 2^112 (`batch_products.grid_of`). Codes of eight bits are multiplied less 128, which 128 times the sum of
-        the activations makes up for, exactly.
+    Numerics: those of `sliced_mma`, to the last bit, within the bounds of `batch_products.grid_of`. Codes of eight bits
+        are multiplied less 128, which 128 times the sum of the activations makes up for, exactly.
     Source: design section 7, integer slices; codes of several slices are one integer, design section 3.
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
