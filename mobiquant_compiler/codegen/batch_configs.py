@@ -50,8 +50,8 @@ def blocks_of(rows: Iterable[int]) -> int:
 def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     """Return the tile of a call, None where tokens as lanes load them are no slower if their counts are unlike; pure.
 
-    It must be said before counts are known. Tokens of one count may be slower than by sliced_mma, as 16 at 8192x28672,
-    by less than unlike ones are faster.
+    It must be said before counts are known. Tokens of one count may be slower than by sliced_mma, as 16 at 8192x28672
+    and 32 at 4096x14336, by less than unlike ones are faster.
 
     Args:
         tokens: T.
