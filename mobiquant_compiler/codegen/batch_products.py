@@ -4,7 +4,7 @@ The first LEAST slices are one integer. Of the others every one is multiplied by
 largest count and added by the tensor cores to the slices before it, and each token keeps the dot product that is there
 after its own last slice: its own one, times a power of four.
 
-Names are those of `batch_copies`; Every token uses LEAST slices, none more than COUNT; own is what
+Names are those of `batch_copies`. Every token uses LEAST slices, none more than COUNT; own is what
 `counts_of` returns, or nothing where tokens are alike.
 """
 
