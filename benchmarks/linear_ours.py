@@ -122,10 +122,11 @@ class Weights:
         routing = (x, router, thresholds, self.hist, self.mask)
 
         def prepared() -> Any:
-            if rows and counts is not None:
-                wiring.route(*routing, "mlp" if trained else "energy")
-                return wiring.quantize(x, counts, self.spec, activation, token_rows=True)
-            found = wiring.prepare(*routing, self.spec, activation, token_rows=rows)
+            if rows:
+                chosen = wiring.route(*routing, "mlp" if trained else "energy")
+                own = chosen if counts is None else counts
+                return wiring.quantize(x, own, self.spec, activation, token_rows=True)
+            found = wiring.prepare(*routing, self.spec, activation)
             return found if counts is None else wiring.with_counts(found, counts)
 
         return prepared

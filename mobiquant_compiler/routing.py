@@ -32,11 +32,6 @@ def route(
     """`reference.route` as one kernel; the reference where no token is looked at."""
     if not routes(x, kind, prefill):
         return reference.route(x, router, thresholds, hist, mask, kind, prefill)
-    return _counted(x, router, thresholds, hist, mask)
-
-
-def _counted(x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor) -> Tensor:
-    """Return slice counts int32 [...] by the kernel that routes and does nothing else."""
     facts = {"route": True, "quantize": False, "hidden": hidden_units(router), "long": _is_long(x)}
     kernel = prepare_kernel(router_spec(hist.numel()), x.shape[-1], target_of(x.device), Activation.A16, **facts)
     return launch.prepare(kernel, x, router, thresholds, hist, mask).counts.view(x.shape[:-1])
@@ -50,16 +45,12 @@ def prepare(
     mask: Tensor,
     spec: SliceSpec,
     activation: Activation = Activation.A16,
-    *,
-    token_rows: bool = False,
 ) -> Prepared:
-    """Route and quantize tokens, for any number of linears that read them: in one launch, as rows in two.
+    """Route and quantize tokens in one launch, for any number of linears that read them.
 
     Shapes: x [..., K]; router energy float32 [K] and gain float32 [E - 1], and its network where it was trained
         (`reference.mlp_scores`); thresholds float32 [E - 1]; hist int64 [E].
     """
-    if token_rows:
-        return quantize(x, _counted(x, router, thresholds, hist, mask), spec, activation, token_rows=True)
     facts = {"route": True, "quantize": True, "hidden": hidden_units(router), "long": _is_long(x)}
     kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, **facts)
     return launch.prepare(kernel, x, router, thresholds, hist, mask)

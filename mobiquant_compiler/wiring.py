@@ -259,8 +259,11 @@ def elastic_linears(
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
-    rows = takes_rows(x, weights, spec)
-    prepared = prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=rows)
+    if takes_rows(x, weights, spec):  # which are placed by counts that are known before
+        counts = route(x, router, thresholds, hist, mask, kind, prefill)
+        prepared = quantize(x, counts, spec, activation, token_rows=True)
+    else:
+        prepared = prepare(x, router, thresholds, hist, mask, spec, activation)
     return _multiply_all(prepared, weights, spec, activation)
 
 

@@ -243,7 +243,7 @@ def multiply(
         turns = ceil_div(blocks, at_once or programs_at_once(spec, device))
         blocks = ceil_div(blocks, max(1, turns))
     with _current(prepared.counts):
-        kernel.launch((ceil_div(tokens, spec.block_m), blocks), counts_ptr=prepared.counts, tokens=tokens, **own)
+        kernel.launch((ceil_div(tokens, spec.block_m), blocks), tokens=tokens, **own)
     return ys
 
 
@@ -254,9 +254,10 @@ def programs_at_once(spec: KernelSpec, device: torch.device) -> int:
 
 
 def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:
-    """Return the activations of a launch of sliced_mma or resident_mma."""
+    """Return the tokens of a launch of sliced_mma or resident_mma."""
     assert prepared.sums is None, "these tokens are rows"
     return {
+        "counts_ptr": prepared.counts,
         "high_ptr": prepared.high.view(torch.int32),
         "low_ptr": prepared.low.view(torch.int32),
         "affine_ptr": prepared.affine.view(torch.int32),
@@ -264,7 +265,7 @@ def _lanes_arguments(prepared: Prepared) -> dict[str, Any]:
 
 
 def _rows_arguments(prepared: Prepared) -> dict[str, Any]:
-    """Return the activations of a launch of batch_wgmma, each of as many dimensions as its boxes have."""
+    """Return the tokens of a launch of batch_wgmma, activations of as many dimensions as their boxes have."""
     assert prepared.sums is not None, "these tokens are as lanes load them"
     return {
         "acts_ptr": prepared.high.flatten(0, 1),
