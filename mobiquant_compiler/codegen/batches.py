@@ -102,13 +102,34 @@ def sum_of_four(levels, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
     return first + second
 
 
+@gluon.constexpr_function
+def written_layout(rows):
+    """Return the layout in which a tile of sums is written, rows of a token side by side."""
+    return gl.BlockedLayout([8, 1], [rows // 8, 256 // rows], [1, rows // 16], [0, 1])
+
+
+@gluon.jit
+def let_next_begin():
+    """Let the next kernel begin (programmatic dependent launch).
+
+    Not before: its programs would all come to the few multiprocessors that this kernel leaves free, and stay there.
+    """
+    gl.inline_asm_elementwise(
+        "mov.b32 $0, 0; griddepcontrol.launch_dependents;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def write_tile(
-    sums, order_ptr, bias_ptr, y_ptr, tokens, place, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr
+    sums, order, bias_ptr, y_ptr, tokens, place, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr
 ):
     """Add the bias and write a tile of sums to where its tokens belong, rows side by side."""
-    WARPS: gl.constexpr = ROWS // 16
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+    OUT: gl.constexpr = written_layout(ROWS)
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     first, first_row, n_rows, _ = place
     if HAS_BIAS:
@@ -120,10 +141,9 @@ def write_tile(
     staged.permute((1, 0)).store(sums.to(DTYPE))
     y = staged.permute((1, 0)).load(OUT)
     at = first + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
-    token = gl.load(order_ptr + at, mask=at < tokens, other=0)
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
     inside = (at < tokens)[None, :] & (row < n_rows)[:, None]
-    gl.store(y_ptr + token.to(gl.int64)[None, :] * n_rows + row[:, None], y, mask=inside)
+    gl.store(y_ptr + order.to(gl.int64)[None, :] * n_rows + row[:, None], y, mask=inside)
 
 
 @gluon.jit
@@ -142,6 +162,7 @@ def multiply_program(
     TOKENS: gl.constexpr,
     ROWS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    OVERLAP: gl.constexpr,
     CONSUMERS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
@@ -171,6 +192,9 @@ def multiply_program(
         mbarrier.init(empty.index(stage), count=1)
     memory = (stages, levels, ready, empty)
     given = (placed_ptr, scale_ptr, zero_ptr, tokens, place)
+    # Asked for now, so that nothing waits for it when the tile is written.
+    at = place[0] + gl.arange(0, TOKENS, gl.SliceLayout(0, written_layout(ROWS)))
+    order = gl.load(placed_ptr + tokens + at, mask=at < tokens, other=0)
     # Constants are spelled out: one that goes by way of a variable is none any more.
     # fmt: off
     if CONSUMERS == 2:
@@ -198,4 +222,6 @@ def multiply_program(
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
         mbarrier.invalidate(empty.index(stage))
-    write_tile(sums, placed_ptr + tokens, bias_ptr, y_ptr, tokens, place, HAS_BIAS, TOKENS, ROWS)
+    if OVERLAP:
+        let_next_begin()
+    write_tile(sums, order, bias_ptr, y_ptr, tokens, place, HAS_BIAS, TOKENS, ROWS)

@@ -7,10 +7,10 @@ from mobiquant_compiler.codegen import batches
 
 
 @gluon.jit
-def overlap_with_neighbours():
-    """Let the next kernel begin, and wait for the work of the one before (programmatic dependent launch)."""
+def wait_for_neighbour():
+    """Wait for the work of the kernel before (programmatic dependent launch)."""
     gl.inline_asm_elementwise(
-        "mov.b32 $0, 0; griddepcontrol.launch_dependents; griddepcontrol.wait;",
+        "mov.b32 $0, 0; griddepcontrol.wait;",
         "=r",
         [],
         dtype=gl.int32,
@@ -157,7 +157,7 @@ def batch_wgmma(
     descs = (acts_desc, facts_desc, (sums_desc,) if NUM_SLICES == 4 else (), slices_descs)
     place = (gl.program_id(0) * BLOCK_M, block * BLOCK_N, n_rows, part)
     if OVERLAP:
-        overlap_with_neighbours()
+        wait_for_neighbour()
     most, least = batches.counts_between(placed_ptr, place[0], tokens, NUM_SLICES, BLOCK_M, NUM_WARPS)
     for count in gl.static_range(1, NUM_SLICES + 1):
         # Tokens of one count multiply once and tell nothing apart, those of two counts side by side multiply twice.
@@ -178,6 +178,7 @@ def batch_wgmma(
                     BLOCK_M,
                     BLOCK_N,
                     HAS_BIAS,
+                    OVERLAP,
                     CONSUMERS,
                     NUM_STAGES - 1 if count > 2 else NUM_STAGES,
                 )
