@@ -135,15 +135,17 @@ def _has_batch_kernel(spec: SliceSpec, target: Target) -> bool:
     return batch_configs.serves(spec, target) and gluon_refusal() is None
 
 
-def batch_tiles(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
+def batch_tiles(
+    spec: SliceSpec, target: Target, tokens: TokenClass, n: int, k: int, parts: int
+) -> tuple[BatchTile, ...]:
     """Return the tiles of batch_wgmma that calls of a class of token counts can take."""
     from mobiquant_compiler.codegen import batch_configs
 
-    return batch_configs.tiles_of(tokens, n, parts) if _has_batch_kernel(spec, target) else ()
+    return batch_configs.tiles_of(tokens, n, k, parts) if _has_batch_kernel(spec, target) else ()
 
 
 @lru_cache(maxsize=1024)
-def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ...]) -> BatchTile | None:
+def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ...], k: int) -> BatchTile | None:
     """Return the tile of a call of batch_wgmma, which wants tokens as rows; None where lanes load them.
 
     Args:
@@ -151,10 +153,13 @@ def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ..
         target: Where they are.
         tokens: T.
         rows: Output rows of each weight.
+        k: Input columns.
     """
     from mobiquant_compiler.codegen import batch_configs
 
-    return batch_configs.tile_of(tokens, batch_configs.blocks_of(rows)) if _has_batch_kernel(spec, target) else None
+    if not _has_batch_kernel(spec, target):
+        return None
+    return batch_configs.tile_of(tokens, batch_configs.blocks_of(rows), k)
 
 
 @cache

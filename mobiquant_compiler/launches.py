@@ -243,7 +243,7 @@ def _batch_kernels(launch: Launch, target: Target, tokens: Sequence[TokenClass])
     spec, k = launch.spec, launch.k
     if not batch_configs.serves(spec, target):
         return
-    tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, launch.parts)]
+    tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, k, launch.parts)]
     if not tiles:
         return
     facts = {"activation": launch.activation, "route": False, "token_rows": True}

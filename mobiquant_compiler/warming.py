@@ -118,7 +118,7 @@ def _warm_batches(
     from mobiquant_compiler.codegen.configs import TokenClass
 
     k, target = x.shape[-1], target_of(x.device)
-    tiles = kernels.batch_tiles(spec, target, TokenClass.of(x.shape[0]), n, len(weights))
+    tiles = kernels.batch_tiles(spec, target, TokenClass.of(x.shape[0]), n, k, len(weights))
     if not tiles:
         return 0
     prepared = quantize(x, counts, spec, activation, token_rows=True)

@@ -60,7 +60,7 @@ def takes_rows(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> bool:
     if tokens < BATCH_TOKENS:
         return False
     rows = tuple(weight.rows for weight in weights)
-    tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows)
+    tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows, x.shape[-1])
     return tile is not None and _share_launch(weights)
 
 
@@ -85,7 +85,7 @@ def _multiply_all(
 def _batch_kernel(prepared: Prepared, weights: Sequence[Weight], spec: SliceSpec, activation: Activation) -> Kernel:
     """Return the kernel that multiplies tokens as rows by weights like these."""
     rows, target = tuple(weight.rows for weight in weights), target_of(prepared.counts.device)
-    tile = kernels.batch_tile(spec, target, max(1, prepared.tokens), rows)
+    tile = kernels.batch_tile(spec, target, max(1, prepared.tokens), rows, prepared.columns)
     assert tile is not None, "tokens became rows for as many weights"
     facts = {"has_bias": weights[0].bias is not None, "row_unit": min(map(fused.row_unit, rows))}
     return kernels.batch_kernel(spec, prepared.columns, target, activation, tile=tile, parts=len(rows), **facts)

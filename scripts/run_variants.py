@@ -114,7 +114,7 @@ def fused_prefill(device: str) -> list[str]:
 
 def blocks_of_tokens(device: str) -> list[str]:
     """Run products of warpgroups, in tiles of every size: of rows enough to be chosen, where the device can."""
-    if not kernels.batch_tiles(SPECS[0], kernels.target_of(torch.device(device)), TokenClass.MANY, 6_400, 1):
+    if not kernels.batch_tiles(SPECS[0], kernels.target_of(torch.device(device)), TokenClass.MANY, 6_400, COLUMNS, 1):
         print("blocks: this device has no products of warpgroups; the same calls go to sliced_mma")
     wrong = []
     for tokens, n in ((15, 6_400), (16, 12_840), (32, 6_400), (40, 6_205)):

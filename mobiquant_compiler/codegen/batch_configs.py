@@ -16,6 +16,7 @@ _SMALL, _LARGE = 16, 32  # tokens of programs
 # tile and of more, the programs of `sliced_mma`, of 16 or 32 rows, keep more of them busy.
 _LEAST_OF_ONE_TILE, _LEAST_PROGRAMS = 80, 64
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
+_FEW_COLUMNS = 4096  # of so many or fewer programs end soon, and beginning and ending are a large part of their time
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
 
 
@@ -47,7 +48,7 @@ def blocks_of(rows: Iterable[int]) -> int:
     return sum(math.ceil(n / ROWS) for n in rows)
 
 
-def tile_of(tokens: int, blocks: int) -> BatchTile | None:
+def tile_of(tokens: int, blocks: int, k: int) -> BatchTile | None:
     """Return the tile of a call, None where tokens as lanes load them are no slower if their counts are unlike; pure.
 
     It must be said before counts are known. Tokens of one count may be slower than by sliced_mma, as 16 at 8192x28672
@@ -56,6 +57,7 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     Args:
         tokens: T.
         blocks: Blocks of `ROWS` output rows that the weights have (`blocks_of`).
+        k: Input columns.
     """
     if tokens < BATCH_TOKENS:
         return None
@@ -64,22 +66,25 @@ def tile_of(tokens: int, blocks: int) -> BatchTile | None:
     if small < least:
         return None
     size, programs = (_SMALL, small) if tokens <= _SMALL or small <= MULTIPROCESSORS else (_LARGE, large)
-    # Two programs share a multiprocessor where there are no more than that; elsewhere two warpgroups share a program.
-    return BatchTile(size, 1 if MULTIPROCESSORS < programs <= 2 * MULTIPROCESSORS else 2)
+    # Two programs share a multiprocessor where there are no more than that, or where one begins while the other works;
+    # elsewhere two warpgroups share a program.
+    shared = programs > MULTIPROCESSORS and (programs <= 2 * MULTIPROCESSORS or k <= _FEW_COLUMNS)
+    return BatchTile(size, 1 if shared else 2)
 
 
-def tiles_of(tokens: TokenClass, n: int, parts: int) -> tuple[BatchTile, ...]:
+def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile, ...]:
     """Return the tiles that calls of a class of token counts can take; pure.
 
     Args:
         tokens: The class.
         n: Output rows of all weights together; how many each has may differ.
+        k: Input columns.
         parts: Weights.
     """
     most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (MULTIPROCESSORS + 1)}.get(tokens, 0)
     counts = range(tokens.sample, most + 1, _SMALL)
     least = math.ceil(n / ROWS)
-    found = {tile_of(count, blocks) for count in counts for blocks in range(least, least + parts)}
+    found = {tile_of(count, blocks, k) for count in counts for blocks in range(least, least + parts)}
     return tuple(sorted((tile for tile in found if tile is not None), key=lambda tile: (tile.tokens, tile.consumers)))
 
 

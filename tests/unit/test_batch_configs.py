@@ -26,51 +26,56 @@ SMALL, SHARED_SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(16, 2), BatchTi
 
 
 @pytest.mark.parametrize(
-    ("tokens", "n", "tile"),
+    ("tokens", "n", "k", "tile"),
     [
-        (1, 28672, None),
-        (8, 28672, None),
-        (9, 14336, SMALL),
-        (16, 14336, SMALL),
-        (9, 4096, None),
-        (9, 8192, SHARED_SMALL),
-        (16, 28672, SHARED_SMALL),
-        (17, 1024, None),
-        (17, 4096, SHARED_SMALL),
-        (32, 8192, SHARED),
-        (16, 5120, SHARED_SMALL),
-        (32, 5120, SHARED),
-        (32, 2048, SHARED_SMALL),
-        (32, 1024, None),
-        (32, 14336, LARGE),
-        (64, 14336, SHARED),
-        (33, 4096, SHARED),
-        (64, 4096, SHARED),
-        (64, 1024, SHARED_SMALL),
-        (64, 2048, SHARED_SMALL),
-        (64, 8192, LARGE),
-        (1000, 64, None),
-        (1000, 4096, SHARED),
+        (1, 28672, 8192, None),
+        (8, 28672, 8192, None),
+        (9, 14336, 8192, SMALL),
+        (16, 14336, 8192, SMALL),
+        (9, 4096, 8192, None),
+        (9, 8192, 8192, SHARED_SMALL),
+        (16, 28672, 8192, SHARED_SMALL),
+        (17, 1024, 8192, None),
+        (17, 4096, 8192, SHARED_SMALL),
+        (32, 8192, 8192, SHARED),
+        (16, 5120, 8192, SHARED_SMALL),
+        (32, 5120, 8192, SHARED),
+        (32, 2048, 8192, SHARED_SMALL),
+        (32, 1024, 8192, None),
+        (32, 14336, 8192, LARGE),
+        (64, 14336, 8192, SHARED),
+        (64, 14336, 4096, LARGE),
+        (64, 4096, 4096, SHARED),
+        (32, 14336, 4096, LARGE),
+        (16, 28672, 4096, SMALL),
+        (33, 4096, 8192, SHARED),
+        (64, 4096, 8192, SHARED),
+        (64, 1024, 8192, SHARED_SMALL),
+        (64, 2048, 8192, SHARED_SMALL),
+        (64, 8192, 8192, LARGE),
+        (1000, 64, 8192, None),
+        (1000, 4096, 8192, SHARED),
     ],
 )
-def test_who_serves_a_call(tokens: int, n: int, tile: BatchTile | None) -> None:
-    assert tile_of(tokens, blocks_of([n])) == tile
+def test_who_serves_a_call(tokens: int, n: int, k: int, tile: BatchTile | None) -> None:
+    assert tile_of(tokens, blocks_of([n]), k) == tile
 
 
 def test_rows_of_several_weights_fill_blocks_of_their_own() -> None:
     assert blocks_of([64, 1, 65]) == 4
 
 
+@pytest.mark.parametrize("k", [4096, 8192])
 @pytest.mark.parametrize("rows", [(4096,), (4096, 1024, 1024), (14336, 14336), (100,), (6144,)], ids=str)
-def test_tiles_are_those_that_calls_take(rows: tuple[int, ...]) -> None:
+def test_tiles_are_those_that_calls_take(rows: tuple[int, ...], k: int) -> None:
     """What is warmed up is what can be launched: all of it, and for one weight nothing else."""
     for tokens, counts in (
         (TokenClass.FEW, range(2, 9)),
         (TokenClass.SOME, range(9, 17)),
         (TokenClass.MANY, range(17, 5000)),
     ):
-        taken = {tile_of(count, blocks_of(rows)) for count in counts} - {None}
-        found = set(tiles_of(tokens, sum(rows), len(rows)))
+        taken = {tile_of(count, blocks_of(rows), k) for count in counts} - {None}
+        found = set(tiles_of(tokens, sum(rows), k, len(rows)))
         assert taken <= found
         assert len(rows) > 1 or taken == found
 
@@ -129,7 +134,7 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
     ("spec", "cc", "parts", "n", "batches"),
     [
         (SliceSpec(), 90, 1, 4096, 3),
-        (SliceSpec(), 90, 1, 14336, 3),  # of 16 tokens and of 32, but never fewer programs of 16 than multiprocessors
+        (SliceSpec(), 90, 1, 14336, 2),  # of 16 tokens and of 32: always more programs than multiprocessors
         (SliceSpec(), 90, 3, 6144, 6),  # rows may be a multiple of eight, or not
         (SliceSpec(), 100, 1, 4096, 0),
         (SliceSpec((4, 2)), 90, 1, 4096, 0),
