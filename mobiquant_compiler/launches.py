@@ -246,8 +246,9 @@ def _batch_kernels(launch: Launch, target: Target, tokens: Sequence[TokenClass])
     tiles = [tile for count in tokens for tile in batch_configs.tiles_of(count, launch.n, k, launch.parts)]
     if not tiles:
         return
-    facts = {"activation": launch.activation, "route": False, "token_rows": True}
-    yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, **facts)
+    facts = {"activation": launch.activation, "token_rows": True, "hidden": launch.hidden}
+    for route in (True, False):
+        yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, route=route, **facts)
     for unit in launch.row_units:
         for tile in tiles:
             facts = {"tile": tile, "activation": launch.activation, "parts": launch.parts, "row_unit": unit}

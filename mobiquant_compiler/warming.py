@@ -93,6 +93,9 @@ def _warm_call(
     kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
     launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
     launched = 4 + _warm_batches(weights, x, counts, spec, n, activation, units)
+    if launched > 4 and x.shape[0] <= PREFILL_TOKENS:
+        prepare(x, router, limits, hist, mask, spec, activation, token_rows=True)
+        launched += 1
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []

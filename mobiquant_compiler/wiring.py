@@ -25,7 +25,7 @@ from mobiquant_compiler.kernels import (
     target_of,
 )
 from mobiquant_compiler.routing import prepare, quantize, route, routes
-from mobiquant_compiler.runtime import fused, launch, paths
+from mobiquant_compiler.runtime import fused, launch, marks, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import BATCH_TOKENS, PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
@@ -252,18 +252,19 @@ def elastic_linears(
     activation: Activation,
     prefill: Prefill,
 ) -> list[Tensor]:
-    """`reference.elastic_linears`: on the integer path a launch to route and quantize (rows: two), one to multiply."""
+    """`reference.elastic_linears`: on the integer path a launch to route and quantize, one to multiply."""
     n = max(weight.shape[1] for weight in slices)
     if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
-    if takes_rows(x, weights, spec):  # which are placed by counts that are known before
+    rows = takes_rows(x, weights, spec)
+    if rows and launch.token_count(x) > marks.MOST_TOKENS:  # too many to wait for one another's counts
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         prepared = quantize(x, counts, spec, activation, token_rows=True)
     else:
-        prepared = prepare(x, router, thresholds, hist, mask, spec, activation)
+        prepared = prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=rows)
     return _multiply_all(prepared, weights, spec, activation)
 
 

@@ -1,9 +1,34 @@
-"""Where the bytes of quantized activations lie: written by `route_quantize`, read by lanes or warpgroups."""
+"""Activations in fixed point, and where their bytes lie: written by `route_quantize`, read by lanes or warpgroups."""
 
 import triton
 import triton.language as tl
 
 from mobiquant_compiler.codegen import fragments
+
+
+@triton.jit
+def fixed_point(x, ACTIVATION: tl.constexpr):
+    """Turn groups of activations into integers, ``x = step xi``; a group that is not finite gets the step NaN.
+
+    Shapes: x float32 [B, GROUP]; returns xi int32 [B, GROUP] and step float32 [B].
+    Numerics: the step of a16 is a power of two, so that bfloat16 values are exact within 2**7 of their group's largest
+        and scaling never rounds; that of a8 is largest / 127. Rounds half to even.
+    """
+    finite = tl.abs(x) < float("inf")
+    x = tl.where(finite, x, 0.0)
+    largest = tl.max(tl.abs(x), axis=1)
+    if ACTIVATION == "a16":
+        # The exponent of the largest value, bumped where its integer would not fit: |xi| <= 32637 < 127.5 * 256.
+        exponent = tl.maximum((largest * 1.004).to(tl.int32, bitcast=True) >> 23, 15)
+        step = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        xi = x * ((268 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    else:
+        step = tl.where(largest > 0.0, largest / 127.0, 1.0)
+        xi = x / step[:, None]
+    # Adding and taking off 1.5 * 2**23 rounds to the nearest integer, half to even.
+    xi = ((xi + 12582912.0) - 12582912.0).to(tl.int32)
+    poison = tl.sum(tl.where(finite, 0, 1), axis=1) > 0
+    return xi, tl.where(poison, float("nan"), step)
 
 
 @triton.constexpr_function
@@ -58,17 +83,60 @@ def row_places(offs_g, token, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr)
 
 
 @triton.jit
-def place_of(counts_ptr, token, tokens):
+def wait_for_marks(ptr, EMULATE: tl.constexpr):
+    """Return int32 marks when none is 0 any more: what another program writes, and that it is there, is one word.
+
+    Each thread waits for its own: a mark changes once, so threads that hold the same one agree.
+    """
+    if EMULATE:  # programs run one after the other
+        marks = tl.load(ptr)
+    else:
+        marks = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred none;
+            again:
+                ld.relaxed.gpu.global.b32 $0, [$1];
+                setp.eq.b32 none, $0, 0;
+                @none bra again;
+            }
+            """,
+            "=&r,l",
+            [ptr.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return marks
+
+
+@triton.jit
+def place_of(counts_ptr, token, tokens, WAIT: tl.constexpr, EMULATE: tl.constexpr):
     """Return a token's place among the 64 around it, those of most slices first, and its slice count.
 
-    So tokens of the same count are neighbours, and tiles have few counts each.
+    So tokens of the same count are neighbours, and tiles have few counts each. With WAIT counts are marks that others
+    are writing.
     """
-    own = tl.load(counts_ptr + token)
     first = token // 64 * 64
     others = first + tl.arange(0, 64)
-    counts = tl.load(counts_ptr + others, mask=others < tokens, other=own)
-    before = (counts > own) | ((counts == own) & (others < token))
+    there = others < tokens
+    ptr = counts_ptr + tl.minimum(others, tokens - 1)
+    if WAIT:
+        counts = wait_for_marks(ptr, EMULATE)
+    else:
+        counts = tl.load(ptr)
+    own = tl.sum(tl.where(others == token, counts, 0), axis=0)
+    before = there & ((counts > own) | ((counts == own) & (others < token)))
     return first + tl.sum(before.to(tl.int32), axis=0), own
+
+
+@triton.jit
+def leave_marks(marks_ptr, programs):
+    """Leave 64 marks and the number of programs that have read them as they were before: zeros, by the last of them."""
+    # A program comes here with the marks that it has read, and has read them for good.
+    if tl.atomic_add(marks_ptr + 64, 1, sem="relaxed") == programs - 1:
+        tl.store(marks_ptr + tl.arange(0, 64), tl.zeros([64], tl.int32))
+        tl.store(marks_ptr + 64, 0)
 
 
 @triton.jit

@@ -129,7 +129,8 @@ _SHARED_ACTIVATIONS = 8 << 20  # bytes of activations that programs side by side
 def shared_bytes(spec: KernelSpec) -> int:
     """Estimate, from above, the shared memory in bytes that a block of `spec` needs.
 
-    - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread.
+    - route_quantize: one float32 a warp for each group reduced; with a trained router at least two a thread; of tokens
+      as rows a byte a column, on its way to where it belongs.
     - sliced_mma: the sums of all warps over two blocks of eight tokens; more are moved in parts.
     - resident_mma: what its layout says, with scales of 16 bits or of 32, whichever are more and fit.
     - batch_wgmma: stages of a pair of groups, of as many slices as are largest, and sums of chains.
@@ -147,7 +148,8 @@ def shared_bytes(spec: KernelSpec) -> int:
     if spec.family is Family.SLICED_WGMMA:
         words = _WORD_STAGES * 32 * spec.block_n * min(len(spec.widths), 4)  # the template refuses more slices
         return 2 * spec.block_m * (64 * spec.num_stages + spec.block_n) + words + 1024
-    return 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
+    reduced = 4 * spec.num_warps * max(64 if spec.hidden else 32, spec.block_w // spec.group)
+    return max(reduced, spec.block_w if spec.token_rows else 0)
 
 
 def _resident_bytes(spec: KernelSpec) -> int:
@@ -248,7 +250,7 @@ def kernel_spec(
             prefetch=0 if not overlap else prefetched(weight, n, k, tokens) if mma else k if hidden else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
-            emulate=emulate and (mma or hidden > 0),
+            emulate=emulate and (mma or hidden > 0 or (first and token_rows)),
         )
         for tile in tiles
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import TooManyRows
+from mobiquant_compiler.runtime.marks import MOST_TOKENS, marks_for
 from mobiquant_compiler.spec import MULTIPROCESSORS, REGISTERS, Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ def prepare(
     """Launch route_quantize: `reference.route`, activations in fixed point, or both.
 
     Args:
-        kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors.
+        kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors. With ``route`` and
+            ``token_rows`` it takes 64 tokens at most.
         x: [..., K].
         router: energy float32 [K], gain float32 [E - 1]; of a trained router also its network, float16 (see
             `reference.mlp_scores`), of as many hidden units as the kernel has.
@@ -169,10 +171,10 @@ def prepare(
     prepared = Prepared(flat, high, low_only, affine, shape, columns, x.dtype, sums, placed)
     if tokens:
         energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
-        programs = ceil_div(spec.k, spec.block_w) if spec.quantize else 0
         with _current(x):
+            waits = spec.route and spec.token_rows
             kernel.launch(
-                (tokens if spec.quantize else ceil_div(tokens, spec.block_m), int(spec.route) + programs),
+                _grid_of_tokens(spec, tokens),
                 x_ptr=aligned(_rows(x)),
                 energy_ptr=aligned(energy),
                 gain_ptr=_packed(gain),
@@ -184,6 +186,7 @@ def prepare(
                 hist_ptr=hist,
                 mask_ptr=mask,
                 counts_ptr=prepared.counts,
+                marks_ptr=marks_for(x.device) if waits else None,
                 high_ptr=high.view(torch.int32),
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
@@ -193,6 +196,15 @@ def prepare(
                 capacity=0 if mask is None else mask.numel(),
             )
     return prepared
+
+
+def _grid_of_tokens(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
+    """Return the grid of route_quantize."""
+    programs = int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)
+    if not (spec.route and spec.token_rows):
+        return (tokens if spec.quantize else ceil_div(tokens, spec.block_m), programs)
+    assert tokens <= MOST_TOKENS, "more tokens than marks: they are routed before"
+    return (tokens * programs,)
 
 
 def _scratch(spec: KernelSpec, blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,6 +29,8 @@ KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
     "quantize": (FIRST, ONE, {"route": False}),
     "route_and_quantize": (FIRST, ONE, {}),
     "route_and_quantize_a8": (FIRST, ONE, {"activation": Activation.A8}),
+    "route_and_quantize_rows": (FIRST, ONE, {"token_rows": True}),
+    "route_and_quantize_rows_by_network": (FIRST, ONE, {"token_rows": True, "hidden": 12}),
     "route_by_network": (FIRST, ONE, {"quantize": False, "hidden": 12}),
     "route_by_network_and_quantize": (FIRST, ONE, {"hidden": 12}),
     "route_four_by_network": (FIRST, ONE, {"quantize": False, "hidden": 12, "long": True}),
@@ -98,6 +100,16 @@ def test_kernels_overlap_where_devices_can_and_read_nothing_before_their_turn(na
     assert "ld.global" in after
     assert ("prefetch.global.L2" in before) == bool(spec.prefetch)
     assert "prefetch." not in after
+
+
+@pytest.mark.parametrize("name", ["route_and_quantize_rows", "route_and_quantize_rows_by_network"])
+def test_tokens_are_placed_by_counts_that_are_waited_for(name: str) -> None:
+    """A count and that it is there are one word, which stays as it is until the last program has read it."""
+    ptx = ptx_of(chosen(name))
+    assert ptx.count("atom.global.gpu.relaxed.exch.b32") == 1, "what routes says so"
+    _, after = ptx.split("ld.relaxed.gpu.global")
+    assert re.search(r"setp\.eq\.b32\s+none, %r\d+, 0;\s+@none bra again;", after)
+    assert ptx.count("atom.global.gpu.relaxed.add.u32") == 1, "the last to leave clears the marks"
 
 
 def test_without_overlap_nothing_waits() -> None:

@@ -34,7 +34,8 @@ class Wiring:
     def takes_rows(self, x, weights, spec):
         return False
 
-    def prepare(self, x, router, thresholds, hist, mask, spec, activation):
+    def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, token_rows):
+        assert not token_rows
         kind = "energy" if len(router) == 2 else "mlp"
         return SimpleNamespace(x=x, counts=reference.route(x, router, thresholds, hist, mask, kind))
 

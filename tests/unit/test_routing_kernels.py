@@ -82,7 +82,7 @@ def test_functions_that_nothing_calls_are_gone() -> None:
         tree = ast.parse(specialise(kernel_spec(FIRST, SliceSpec(), 4096, TokenClass.ONE, H100, **options)))
         return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
-    quantizing = {"fixed_point", "quantize_columns", "begin", "route_quantize"}
+    quantizing = {"quantize_columns", "begin", "route_quantize"}
     assert found(route=False) == quantizing
     assert found() == quantizing | {"record", "route_token"}
     assert found(hidden=12) == quantizing | {"record", "route_by_network"}

@@ -8,35 +8,15 @@ from mobiquant_compiler.codegen import activations, networks
 
 
 @triton.jit
-def fixed_point(x, ACTIVATION: tl.constexpr):
-    """Turn groups of activations into integers, ``x = step xi``; a group that is not finite gets the step NaN.
+def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr, marks_ptr, TOKEN_ROWS: tl.constexpr):
+    """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there.
 
-    Shapes: x float32 [B, GROUP]; returns xi int32 [B, GROUP] and step float32 [B].
-    Numerics: the step of a16 is a power of two, so that bfloat16 values are exact within 2**7 of their group's largest
-        and scaling never rounds; that of a8 is largest / 127. Rounds half to even.
+    Where others wait for it, it is a mark for them.
     """
-    finite = tl.abs(x) < float("inf")
-    x = tl.where(finite, x, 0.0)
-    largest = tl.max(tl.abs(x), axis=1)
-    if ACTIVATION == "a16":
-        # The exponent of the largest value, bumped where its integer would not fit: |xi| <= 32637 < 127.5 * 256.
-        exponent = tl.maximum((largest * 1.004).to(tl.int32, bitcast=True) >> 23, 15)
-        step = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-        xi = x * ((268 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    else:
-        step = tl.where(largest > 0.0, largest / 127.0, 1.0)
-        xi = x / step[:, None]
-    # Adding and taking off 1.5 * 2**23 rounds to the nearest integer, half to even.
-    xi = ((xi + 12582912.0) - 12582912.0).to(tl.int32)
-    poison = tl.sum(tl.where(finite, 0, 1), axis=1) > 0
-    return xi, tl.where(poison, float("nan"), step)
-
-
-@triton.jit
-def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr):
-    """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there."""
     there = token < tokens
     tl.store(counts_ptr + token, count, mask=there)
+    if TOKEN_ROWS:
+        tl.atomic_xchg(marks_ptr + token, count, mask=there, sem="relaxed")
     real = tl.load(mask_ptr + 1 + token, mask=masked & there, other=1)
     tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=there & (real != 0), sem="relaxed")
 
@@ -50,11 +30,13 @@ def route_token(
     hist_ptr,
     mask_ptr,
     counts_ptr,
+    marks_ptr,
     token,
     tokens,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Predict the error of one token and choose its slice count.
@@ -89,6 +71,8 @@ def route_token(
         hist_ptr=hist_ptr,
         mask_ptr=mask_ptr,
         counts_ptr=counts_ptr,
+        marks_ptr=marks_ptr,
+        TOKEN_ROWS=TOKEN_ROWS,
     )
 
 
@@ -105,11 +89,13 @@ def route_by_network(
     hist_ptr,
     mask_ptr,
     counts_ptr,
+    marks_ptr,
     token,
     tokens,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -157,6 +143,8 @@ def route_by_network(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
+            marks_ptr=marks_ptr,
+            TOKEN_ROWS=TOKEN_ROWS,
         )
 
 
@@ -172,19 +160,22 @@ def quantize_columns(
     first_group,
     token,
     tokens,
+    ROUTE: tl.constexpr,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     """Write BLOCK_W columns of one token in fixed point.
 
     Shapes: high, low words of bytes and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times
         the sum of the integers), in the order of `activations.activation_places`, zero from COLUMNS on. With TOKEN_ROWS
         in that of `row_places`, tokens where `place_of` says; then also sums int32 [K_PADDED / GROUP, T rounded up to
-        8] and placed int32 [2, T], the count and the token at each place.
+        8] and placed int32 [2, T], the count and the token at each place. With ROUTE too counts are marks
+        int32 [65], zeros before and after: of at most 64 tokens, and how many programs have read them.
     """
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
@@ -193,11 +184,6 @@ def quantize_columns(
     tl.static_assert(COLUMNS >= 1 and COLUMNS <= K_PADDED, "there are columns, no more than padded ones")
     GROUPS: tl.constexpr = K_PADDED // GROUP
     x_ptr += token.to(tl.int64) * COLUMNS
-    if TOKEN_ROWS:
-        place, count = activations.place_of(counts_ptr, token, tokens)
-        tl.store(placed_ptr + place, count, mask=first_group == 0)
-        tl.store(placed_ptr + tokens + place, token, mask=first_group == 0)
-        token = place
     blocks = tl.cdiv(tokens, 8)
     offs_g = first_group + tl.arange(0, BLOCK_W // GROUP)
     in_g = offs_g < GROUPS
@@ -205,8 +191,13 @@ def quantize_columns(
     inside = in_g[:, None]
     if COLUMNS < K_PADDED:
         inside = offs_k < COLUMNS
-    xi, step = fixed_point(x=tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION=ACTIVATION)
+    xi, step = activations.fixed_point(tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if TOKEN_ROWS:
+        # No sooner: what programs that route choose arrives meanwhile.
+        place, count = activations.place_of(counts_ptr, token, tokens, ROUTE, EMULATE)
+        tl.store(placed_ptr + place, count, mask=first_group == 0)
+        tl.store(placed_ptr + tokens + place, token, mask=first_group == 0)
+        token = place
         places = activations.row_places(offs_g, token, blocks, GROUP, 2 if ACTIVATION == "a16" else 1)
     else:
         places = activations.activation_places(offs_g, token, blocks, GROUP)
@@ -221,6 +212,8 @@ def quantize_columns(
         tl.store(sums_ptr + offs_g.to(tl.int64) * blocks * 8 + token, total, mask=in_g)
     both = tl.join(step, (-total).to(tl.float32) * step)
     tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
+    if TOKEN_ROWS and ROUTE:
+        activations.leave_marks(counts_ptr, tl.num_programs(0) - tokens)
 
 
 @triton.jit
@@ -253,6 +246,7 @@ def begin(
         "hist_ptr",
         "mask_ptr",
         "counts_ptr",
+        "marks_ptr",
         "placed_ptr",
         "tokens",
         "capacity",
@@ -270,6 +264,7 @@ def route_quantize(
     hist_ptr,
     mask_ptr,
     counts_ptr,
+    marks_ptr,
     placed_ptr,
     high_ptr,
     low_ptr,
@@ -299,14 +294,18 @@ def route_quantize(
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
         int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
         TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
-        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up.
+        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up; with
+        ROUTE and TOKEN_ROWS its product.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
-    tl.static_assert(not (TOKEN_ROWS and ROUTE), "rows are placed by counts that are known before")
-    token, part = tl.program_id(0), tl.program_id(1)
+    if TOKEN_ROWS and ROUTE:
+        # Programs that route wait for none and begin first, so that those that wait for them cannot keep them out.
+        token, part = tl.program_id(0) % tokens, tl.program_id(0) // tokens
+    else:
+        token, part = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         begin(
             first=token + part == 0,
@@ -330,11 +329,13 @@ def route_quantize(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
+            marks_ptr=marks_ptr,
             token=token * BLOCK_M,
             tokens=tokens,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
+            TOKEN_ROWS=TOKEN_ROWS,
             HIDDEN=HIDDEN,
             BLOCK_M=BLOCK_M,
             BLOCK_R=BLOCK_R,
@@ -350,30 +351,24 @@ def route_quantize(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
+            marks_ptr=marks_ptr,
             token=token,
             tokens=tokens,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
+            TOKEN_ROWS=TOKEN_ROWS,
             BLOCK_R=BLOCK_R,
         )
     part -= 1 if ROUTE else 0
     if QUANTIZE and part >= 0:
+        # What it reads, what it writes, where, and what it is made for.
+        # fmt: off
         quantize_columns(
-            x_ptr=x_ptr,
-            counts_ptr=counts_ptr,
-            placed_ptr=placed_ptr,
-            high_ptr=high_ptr,
-            low_ptr=low_ptr,
-            affine_ptr=affine_ptr,
-            sums_ptr=sums_ptr,
-            first_group=part * (BLOCK_W // GROUP),
-            token=token,
-            tokens=tokens,
-            GROUP=GROUP,
-            K_PADDED=K_PADDED,
-            COLUMNS=COLUMNS,
-            ACTIVATION=ACTIVATION,
-            TOKEN_ROWS=TOKEN_ROWS,
-            BLOCK_W=BLOCK_W,
+            x_ptr=x_ptr, counts_ptr=marks_ptr if TOKEN_ROWS and ROUTE else counts_ptr,
+            placed_ptr=placed_ptr, high_ptr=high_ptr, low_ptr=low_ptr, affine_ptr=affine_ptr, sums_ptr=sums_ptr,
+            first_group=part * (BLOCK_W // GROUP), token=token, tokens=tokens,
+            ROUTE=ROUTE, GROUP=GROUP, K_PADDED=K_PADDED, COLUMNS=COLUMNS, ACTIVATION=ACTIVATION, TOKEN_ROWS=TOKEN_ROWS,
+            BLOCK_W=BLOCK_W, EMULATE=EMULATE,
         )
+        # fmt: on
