@@ -7,44 +7,53 @@ another launch.
 
 from __future__ import annotations
 
-import itertools
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 MOST_TOKENS = 64  # of a launch whose programs wait for counts: a mark each
 MARKS = MOST_TOKENS + 1  # and how many programs have read them
-_ROOM = 128  # int32 from one launch's marks to those of the next
-_LAUNCHES = 4096  # whose marks are allocated at a time, 2 MiB
+_ROOM = 72  # int32 from one launch's marks to those of the next: lines of 32 bytes of their own
+_LAUNCHES = 4096  # whose marks are allocated at a time, 1.2 MB
 
 
 class _Store:
-    """The marks of one device: rows of zeros, handed out one by one."""
+    """The marks of one device: rows of zeros, handed out one by one and never taken back.
+
+    Nobody says when a captured graph is gone. Calls outside of captures see to it that there are rows for the next.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows = torch.zeros(_LAUNCHES, _ROOM, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # other streams read them too
-        self._next = itertools.count()
+        self._memory: list[Tensor] = []  # kept, whoever still has rows of it: graphs only know addresses
+        self._rows: list[Tensor] = []
         self._of_stream: dict[int, Tensor] = {}
+        self._lock = Lock()
+        self._grow()
 
     def take(self) -> Tensor | None:
         """Return marks that nobody has, None where none are left."""
-        number = next(self._next)
-        return self._rows[number, :MARKS] if number < _LAUNCHES else None
+        with self._lock:
+            return self._rows.pop() if self._rows else None
 
     def of_stream(self) -> Tensor:
         """Return the marks of the current stream."""
+        if len(self._rows) < _LAUNCHES // 2:
+            self._grow()
         stream = torch.cuda.current_stream(self._device).cuda_stream
         marks = self._of_stream.get(stream)
         if marks is None:
-            marks = self.take()
-            marks = self._zeros() if marks is None else marks
-            marks = self._of_stream.setdefault(stream, marks)
+            with self._lock:
+                marks = self._of_stream.setdefault(stream, self._rows.pop())
         return marks
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(MARKS, dtype=torch.int32, device=self._device)
+    def _grow(self) -> None:
+        zeros = torch.zeros(_LAUNCHES, _ROOM, dtype=torch.int32, device=self._device)
+        torch.cuda.current_stream(self._device).synchronize()  # other streams read them too
+        with self._lock:
+            self._memory.append(zeros)
+            self._rows.extend(zeros[:, :MARKS].unbind())
 
 
 _STORES: dict[torch.device, _Store] = {}
@@ -53,8 +62,8 @@ _STORES: dict[torch.device, _Store] = {}
 def marks_for(device: torch.device) -> Tensor:
     """Return zeros for a launch on the current stream, int32 [65]; it must leave zeros.
 
-    While a CUDA graph is captured they are for this launch alone. Once those of `_LAUNCHES` launches are taken, or
-    before there are any, the graph zeroes memory of its own.
+    While a CUDA graph is captured they are for this launch alone. Where there are none left, or no call was made before
+    the capture, the graph zeroes memory of its own.
     """
     if device.type != "cuda":
         return torch.zeros(MARKS, dtype=torch.int32, device=device)
