@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.configs import TokenClass
-from mobiquant_compiler.runtime import fused, prefill
+from mobiquant_compiler.runtime import fused, marks, prefill
 from mobiquant_compiler.spec import Activation, Family, Prefill, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
@@ -55,14 +55,15 @@ def integer_path(spec: SliceSpec, device: str) -> list[str]:
 
 
 def workspace_prefill(device: str) -> list[str]:
-    """Run the route kernel alone and with quantization, and both ways of the workspace."""
+    """Run the route kernel alone and with quantization, as lanes and as rows, and both ways of the workspace."""
     spec = SPECS[0]
     case = integer_case(spec, 70, 40, 256, dtype=torch.bfloat16, device=device)
     router = (torch.ones(256, device=device), torch.tensor([1.0, 0.5, 0.25], device=device))
     hist, mask = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     wiring.route(case.x, router, router[1], hist, mask, "energy")
     wiring.prepare(case.x, router, router[1], hist, mask, spec)
-    wrong = [] if int(hist.sum()) == 140 else [f"histogram counted {int(hist.sum())} tokens, not 140"]
+    wiring.prepare(case.x[:40], router, router[1], hist, mask, spec, token_rows=True)
+    wrong = [] if int(hist.sum()) == 180 else [f"histogram counted {int(hist.sum())} tokens, not 180"]
     if refusal := prefill.supports(case.x, 40, 256):
         print(f"workspace: only routed: {refusal}")
     else:
@@ -83,8 +84,9 @@ def trained_routers(device: str) -> list[str]:
         mask, hist = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int64, device=device)
         limits = reference.mlp_scores(x, router)[0] * torch.tensor([1.0, 1.0, 1.5], device=device)
         counts = wiring.route(x, router, limits, hist, mask, "mlp")
-        beside = wiring.prepare(x, router, limits, hist, mask, SPECS[0]).counts
-        if counts.tolist() != [3] * tokens or not torch.equal(counts, beside):
+        shapes = (False, True) if tokens <= marks.MOST_TOKENS else (False,)
+        beside = [wiring.prepare(x, router, limits, hist, mask, SPECS[0], token_rows=rows).counts for rows in shapes]
+        if counts.tolist() != [3] * tokens or not all(torch.equal(counts, other) for other in beside):
             wrong.append(f"trained router, {k} columns, {hidden} units, {tokens} tokens: not three slices each")
     return wrong
 

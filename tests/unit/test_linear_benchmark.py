@@ -32,15 +32,21 @@ class Wiring:
     wrong = 0.0
 
     def takes_rows(self, x, weights, spec):
-        return False
+        return 9 <= x.shape[0] <= 64
 
     def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, token_rows):
-        assert not token_rows
+        assert token_rows == self.takes_rows(x, (), spec)
         kind = "energy" if len(router) == 2 else "mlp"
-        return SimpleNamespace(x=x, counts=reference.route(x, router, thresholds, hist, mask, kind))
+        counts = reference.route(x, router, thresholds, hist, mask, kind)
+        return SimpleNamespace(x=x, counts=counts, rows=token_rows)
+
+    def quantize(self, x, counts, spec, activation, *, token_rows):
+        assert token_rows
+        return SimpleNamespace(x=x, counts=counts, rows=True)
 
     def with_counts(self, prepared, counts):
-        return SimpleNamespace(x=prepared.x, counts=counts)
+        assert not prepared.rows, "rows are placed by their counts"
+        return SimpleNamespace(x=prepared.x, counts=counts, rows=False)
 
     def multiply(self, prepared, slices, scale, zero, bias, spec, activation):
         return self.routed_linear(prepared.x, prepared.counts, slices, scale, zero, bias, spec, activation, "routed")
@@ -138,7 +144,7 @@ class TestChecks:
 class TestRun:
     def test_rows_and_notes(self, tmp_path, monkeypatch, wiring):
         monkeypatch.setattr(linear_ours, "BIT_MAJOR_SHAPE", (128, 256))
-        result = run(tmp_path, monkeypatch, "--tokens", "1", "8", "256", "--seed", "3")
+        result = run(tmp_path, monkeypatch, "--tokens", "1", "8", "16", "256", "--seed", "3")
         assert result["seed"] == 3
         assert result["skipped"] == []
         assert {"protocol", "bandwidth", "summary", "prepare", "rivals", "seconds", "device"} <= result.keys()
@@ -149,6 +155,8 @@ class TestRun:
         assert row["total_us"] > 0
         assert row["over_bf16"] == pytest.approx(row["bf16_us"] / row["time_us"], rel=0.05)
         assert 0 < row["relative_error"] < 0.01
+        (rows,) = linear_summary.find(result["rows"], tokens=16, slices=2, counts="mixed")
+        assert 0 < rows["relative_error"] < 0.01
         (full,) = linear_summary.find(result["rows"], tokens=256, counts="full")
         assert full["time_us"] == full["total_us"]
         assert [(e["k"], e["tokens"]) for e in result["prepare"]] == [(256, 1), (256, 8)]
