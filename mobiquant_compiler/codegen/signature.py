@@ -63,6 +63,7 @@ _FIXED = {
     "marks_ptr": "*i32",
     "partial_ptr": "*fp32",
     "tokens": "i32",
+    "together": "i32",
     "columns": "i32",
     "capacity": "i32",
     "n_rows": "i32",
