@@ -118,16 +118,16 @@ class Weights:
         thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
         router = (*self.router, *self.network) if trained else self.router
-        tile = wiring.tile_of(x, [Weight(*self.copies[0], None)], self.spec)
+        rows = wiring.takes_rows(x, [Weight(*self.copies[0], None)], self.spec)
         routing = (x, router, thresholds, self.hist, self.mask)
 
         # Rows lie where their counts say: those of given counts are quantized before, beside what is timed.
         given = None
-        if tile and counts is not None:
+        if rows and counts is not None:
             given = wiring.quantize(x, counts, self.spec, activation, token_rows=True)
 
         def prepared() -> Any:
-            found = wiring.prepare(*routing, self.spec, activation, tile=tile)
+            found = wiring.prepare(*routing, self.spec, activation, token_rows=rows)
             if given is not None:
                 return given
             return found if counts is None else wiring.with_counts(found, counts)

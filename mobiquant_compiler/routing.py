@@ -46,19 +46,17 @@ def prepare(
     spec: SliceSpec,
     activation: Activation = Activation.A16,
     *,
-    tile: int = 0,
+    token_rows: bool = False,
 ) -> Prepared:
     """Route and quantize tokens in one launch, for any number of linears that read them; as rows at most 64.
-
-    As rows, for batch_wgmma, where `tile` says how many tokens a program of it multiplies.
 
     Shapes: x [..., K]; router energy float32 [K] and gain float32 [E - 1], and its network where it was trained
         (`reference.mlp_scores`); thresholds float32 [E - 1]; hist int64 [E].
     """
     facts = {"route": True, "quantize": True, "hidden": hidden_units(router), "long": _is_long(x)}
-    facts["token_rows"] = tile > 0
+    facts["token_rows"] = token_rows
     kernel = prepare_kernel(spec, x.shape[-1], target_of(x.device), activation, **facts)
-    return launch.prepare(kernel, x, router, thresholds, hist, mask, together=tile)
+    return launch.prepare(kernel, x, router, thresholds, hist, mask)
 
 
 def quantize(

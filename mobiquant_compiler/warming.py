@@ -94,7 +94,7 @@ def _warm_call(
     launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
     launched = 4 + _warm_batches(weights, x, counts, spec, n, activation, units)
     if launched > 4 and x.shape[0] <= PREFILL_TOKENS:
-        prepare(x, router, limits, hist, mask, spec, activation, tile=1)
+        prepare(x, router, limits, hist, mask, spec, activation, token_rows=True)
         launched += 1
     if x.shape[0] <= PREFILL_TOKENS:
         return launched

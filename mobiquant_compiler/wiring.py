@@ -54,17 +54,14 @@ def multiply(
     return _multiply_all(prepared, [Weight(slices, scale, zero, bias)], spec, activation)[0]
 
 
-def tile_of(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> int:
-    """Return how many tokens a program of batch_wgmma multiplies, for which tokens [..., K] are quantized as rows.
-
-    By shapes, dtypes and device alone; 0 where lanes load them.
-    """
+def takes_rows(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> bool:
+    """Say whether tokens [..., K] are quantized as rows, for batch_wgmma: by shapes, dtypes and device alone."""
     tokens = launch.token_count(x)
-    if tokens < BATCH_TOKENS or not _share_launch(weights):
-        return 0
+    if tokens < BATCH_TOKENS:
+        return False
     rows = tuple(weight.rows for weight in weights)
     tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows, x.shape[-1])
-    return 0 if tile is None else tile.tokens
+    return tile is not None and _share_launch(weights)
 
 
 def _share_launch(weights: Sequence[Weight]) -> bool:
@@ -179,7 +176,7 @@ def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
-    prepared = quantize(x, counts, spec, activation, token_rows=tile_of(x, weights, spec) > 0)
+    prepared = quantize(x, counts, spec, activation, token_rows=takes_rows(x, weights, spec))
     return _multiply_all(prepared, weights, spec, activation)
 
 
@@ -262,12 +259,12 @@ def elastic_linears(
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
-    tile = tile_of(x, weights, spec)
-    if tile and launch.token_count(x) > marks.MOST_TOKENS:  # too many to wait for one another's counts
+    rows = takes_rows(x, weights, spec)
+    if rows and launch.token_count(x) > marks.MOST_TOKENS:  # too many to wait for one another's counts
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         prepared = quantize(x, counts, spec, activation, token_rows=True)
     else:
-        prepared = prepare(x, router, thresholds, hist, mask, spec, activation, tile=tile)
+        prepared = prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=rows)
     return _multiply_all(prepared, weights, spec, activation)
 
 

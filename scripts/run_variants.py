@@ -62,7 +62,7 @@ def workspace_prefill(device: str) -> list[str]:
     hist, mask = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     wiring.route(case.x, router, router[1], hist, mask, "energy")
     wiring.prepare(case.x, router, router[1], hist, mask, spec)
-    wiring.prepare(case.x[:40], router, router[1], hist, mask, spec, tile=32)
+    wiring.prepare(case.x[:40], router, router[1], hist, mask, spec, token_rows=True)
     wrong = [] if int(hist.sum()) == 180 else [f"histogram counted {int(hist.sum())} tokens, not 180"]
     if refusal := prefill.supports(case.x, 40, 256):
         print(f"workspace: only routed: {refusal}")
@@ -84,8 +84,8 @@ def trained_routers(device: str) -> list[str]:
         mask, hist = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int64, device=device)
         limits = reference.mlp_scores(x, router)[0] * torch.tensor([1.0, 1.0, 1.5], device=device)
         counts = wiring.route(x, router, limits, hist, mask, "mlp")
-        tiles = (0, 1, 16) if tokens <= marks.MOST_TOKENS else (0,)
-        beside = [wiring.prepare(x, router, limits, hist, mask, SPECS[0], tile=tile).counts for tile in tiles]
+        shapes = (False, True) if tokens <= marks.MOST_TOKENS else (False,)
+        beside = [wiring.prepare(x, router, limits, hist, mask, SPECS[0], token_rows=rows).counts for rows in shapes]
         if counts.tolist() != [3] * tokens or not all(torch.equal(counts, other) for other in beside):
             wrong.append(f"trained router, {k} columns, {hidden} units, {tokens} tokens: not three slices each")
     return wrong

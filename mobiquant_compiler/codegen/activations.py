@@ -83,64 +83,48 @@ def row_places(offs_g, token, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr)
 
 
 @triton.jit
-def mark_count(marks_ptr, token, count, there):
-    """Tell the programs of a launch a token's slice count: a digit of a word of eight, in eight places.
+def wait_for_marks(ptr, EMULATE: tl.constexpr):
+    """Return int32 marks when none is 0 any more: what another program writes, and that it is there, is one word.
 
-    Marks: int32 [8, 32], eight words each, zeros until then, and how many programs have read them. A digit says what
-    the count is and that it is there; who reads comes to one of the places, since all at once keep one another waiting.
+    Each thread waits for its own: a mark changes once, so threads that hold the same one agree.
     """
-    ptr = marks_ptr + tl.arange(0, 8) * 32 + token // 8
-    tl.atomic_add(ptr, count + tl.zeros([8], tl.int32) << token % 8 * 4, mask=there, sem="relaxed")
-
-
-@triton.jit
-def wait_for_counts(marks_ptr, token, EMULATE: tl.constexpr):
-    """Return the slice counts of tokens of a launch when they are there, int32 of the shape of `token`.
-
-    Each thread waits for its own: a digit changes once, so threads that hold the same one agree.
-    """
-    ptr = marks_ptr + tl.program_id(0) % 8 * 32 + token // 8
-    shift = token % 8 * 4
     if EMULATE:  # programs run one after the other
-        counts = (tl.load(ptr) >> shift) & 15
+        marks = tl.load(ptr)
     else:
-        counts = tl.inline_asm_elementwise(
+        marks = tl.inline_asm_elementwise(
             """
             {
                 .reg .pred none;
-                bra look;
             again:
-                nanosleep.u32 40;
-            look:
                 ld.relaxed.gpu.global.b32 $0, [$1];
-                bfe.u32 $0, $0, $2, 4;
                 setp.eq.b32 none, $0, 0;
                 @none bra again;
             }
             """,
-            "=&r,l,r",
-            [ptr.to(tl.int64, bitcast=True), shift],
+            "=&r,l",
+            [ptr.to(tl.int64, bitcast=True)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-    return counts
+    return marks
 
 
 @triton.jit
 def place_of(counts_ptr, token, tokens, WAIT: tl.constexpr, EMULATE: tl.constexpr):
     """Return a token's place among the 64 around it, those of most slices first, and its slice count.
 
-    So tokens of the same count are neighbours, and tiles have few counts each. With WAIT `counts_ptr` is that of marks.
+    So tokens of the same count are neighbours, and tiles have few counts each. With WAIT counts are marks that others
+    are writing.
     """
     first = token // 64 * 64
     others = first + tl.arange(0, 64)
     there = others < tokens
-    last = tl.minimum(others, tokens - 1)
+    ptr = counts_ptr + tl.minimum(others, tokens - 1)
     if WAIT:
-        counts = wait_for_counts(counts_ptr, last, EMULATE)
+        counts = wait_for_marks(ptr, EMULATE)
     else:
-        counts = tl.load(counts_ptr + last)
+        counts = tl.load(ptr)
     own = tl.sum(tl.where(others == token, counts, 0), axis=0)
     before = there & ((counts > own) | ((counts == own) & (others < token)))
     return first + tl.sum(before.to(tl.int32), axis=0), own
@@ -148,10 +132,11 @@ def place_of(counts_ptr, token, tokens, WAIT: tl.constexpr, EMULATE: tl.constexp
 
 @triton.jit
 def leave_marks(marks_ptr, programs):
-    """Leave marks, and the number of programs that have read them, as they were before: zeros, by the last of them."""
+    """Leave 64 marks and the number of programs that have read them as they were before: zeros, by the last of them."""
     # A program comes here with the marks that it has read, and has read them for good.
-    if tl.atomic_add(marks_ptr + 8, 1, sem="relaxed") == programs - 1:
-        tl.store(marks_ptr + tl.arange(0, 256), tl.zeros([256], tl.int32))
+    if tl.atomic_add(marks_ptr + 64, 1, sem="relaxed") == programs - 1:
+        tl.store(marks_ptr + tl.arange(0, 64), tl.zeros([64], tl.int32))
+        tl.store(marks_ptr + 64, 0)
 
 
 @triton.jit

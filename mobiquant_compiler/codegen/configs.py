@@ -228,8 +228,6 @@ def kernel_spec(
     hidden = hidden if route and first else 0
     overlap = target.cc >= _OVERLAPS_FROM and not emulate and (mma or first)
     tiles = (_network_tile(weight, k, hidden, long),) if hidden else _tiles(family, weight, k, tokens)
-    # Programs of rows wait for those that route: of 64 tokens all should be there at once.
-    wider = 2 if token_rows and route and first and k > _LONG else 1
     specs = (
         KernelSpec(
             family,
@@ -245,7 +243,7 @@ def kernel_spec(
             block_m=tile.block_m,
             block_n=tile.block_n,
             row_tiles=tile.row_tiles,
-            block_w=tile.block_w * wider,
+            block_w=tile.block_w,
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,
             overlap=overlap,

@@ -63,7 +63,6 @@ _FIXED = {
     "marks_ptr": "*i32",
     "partial_ptr": "*fp32",
     "tokens": "i32",
-    "together": "i32",
     "columns": "i32",
     "capacity": "i32",
     "n_rows": "i32",

@@ -145,8 +145,6 @@ def prepare(
     hist: Tensor | None = None,
     mask: Tensor | None = None,
     counts: Tensor | None = None,
-    *,
-    together: int = 0,
 ) -> Prepared:
     """Launch route_quantize: `reference.route`, activations in fixed point, or both.
 
@@ -160,55 +158,44 @@ def prepare(
         hist: int64 [E], added to.
         mask: int32 [1 + capacity].
         counts: int32 [...], slice counts that are known already.
-        together: Tokens that a program of batch_wgmma multiplies: no more than these, with ``route``, keep their order.
     """
     spec, tokens, columns = kernel.spec, token_count(x), x.shape[-1]
     groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
-    placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
-    waits = spec.route and spec.token_rows and tokens > together
-    if counts is None and placed is not None and not waits:
-        counts = placed[0]
     if counts is None:
         counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
     high, low, sums = _scratch(spec, blocks, x.device)
     affine = torch.empty(groups if spec.quantize else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
     shape, flat = tuple(x.shape[:-1]), counts.reshape(-1).contiguous()
+    placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
     low_only = low[:0] if spec.token_rows else low
     prepared = Prepared(flat, high, low_only, affine, shape, columns, x.dtype, sums, placed)
     if tokens:
+        energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
         with _current(x):
+            waits = spec.route and spec.token_rows
             kernel.launch(
                 _grid_of_tokens(spec, tokens),
                 x_ptr=aligned(_rows(x)),
-                **_router_arguments(router),
+                energy_ptr=aligned(energy),
+                gain_ptr=_packed(gain),
+                hidden_ptr=aligned(hidden),
+                hidden_bias_ptr=_packed(hidden_bias),
+                out_ptr=_packed(out),
+                out_bias_ptr=_packed(out_bias),
                 thresholds_ptr=_packed(thresholds),
                 hist_ptr=hist,
                 mask_ptr=mask,
                 counts_ptr=prepared.counts,
-                marks_ptr=marks_for(x.device) if waits else placed,  # which nobody then reads as such
+                marks_ptr=marks_for(x.device) if waits else None,
                 high_ptr=high.view(torch.int32),
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
                 sums_ptr=sums,
                 placed_ptr=placed,
                 tokens=tokens,
-                together=together,
                 capacity=0 if mask is None else mask.numel(),
             )
     return prepared
-
-
-def _router_arguments(router: Sequence[Tensor]) -> dict[str, Tensor | None]:
-    """Return the tensors of a router, None for those that a data-free one does not have."""
-    energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
-    return {
-        "energy_ptr": aligned(energy),
-        "gain_ptr": _packed(gain),
-        "hidden_ptr": aligned(hidden),
-        "hidden_bias_ptr": _packed(hidden_bias),
-        "out_ptr": _packed(out),
-        "out_bias_ptr": _packed(out_bias),
-    }
 
 
 def _grid_of_tokens(spec: KernelSpec, tokens: int) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 64  # of a launch whose programs wait for counts
-MARKS = 256  # int32, as `activations.mark_count` has them
-_LAUNCHES = 1024  # whose marks are allocated at a time, 1 MiB
+MOST_TOKENS = 64  # of a launch whose programs wait for counts: a mark each
+MARKS = MOST_TOKENS + 1  # and how many programs have read them
+_ROOM = 72  # int32 from one launch's marks to those of the next: lines of 32 bytes of their own
+_LAUNCHES = 4096  # whose marks are allocated at a time, 1.2 MB
 
 
 class _Store:
@@ -48,18 +49,18 @@ class _Store:
         return marks
 
     def _grow(self) -> None:
-        zeros = torch.zeros(_LAUNCHES, MARKS, dtype=torch.int32, device=self._device)
+        zeros = torch.zeros(_LAUNCHES, _ROOM, dtype=torch.int32, device=self._device)
         torch.cuda.current_stream(self._device).synchronize()  # other streams read them too
         with self._lock:
             self._memory.append(zeros)
-            self._rows.extend(zeros.unbind())
+            self._rows.extend(zeros[:, :MARKS].unbind())
 
 
 _STORES: dict[torch.device, _Store] = {}
 
 
 def marks_for(device: torch.device) -> Tensor:
-    """Return zeros for a launch on the current stream, int32 [256]; it must leave zeros.
+    """Return zeros for a launch on the current stream, int32 [65]; it must leave zeros.
 
     While a CUDA graph is captured they are for this launch alone. Where there are none left, or no call was made before
     the capture, the graph zeroes memory of its own.

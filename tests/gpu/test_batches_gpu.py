@@ -55,7 +55,7 @@ def by_rows(cases: Sequence[Case], tile: BatchTile, activation: Activation = Act
 
 def by_lanes(case: Case, activation: Activation = Activation.A16) -> Tensor:
     """Multiply by sliced_mma."""
-    assert not wiring.tile_of(case.x, [weight_of(case)], case.spec), "programs are few"
+    assert not wiring.takes_rows(case.x, [weight_of(case)], case.spec), "programs are few"
     facts = (case.spec, activation)
     return wiring.by_integers(case.x, case.counts, [weight_of(case)], *facts)[0]
 
@@ -99,7 +99,7 @@ def test_siblings_in_one_launch(rows: tuple[int, ...], tile: BatchTile) -> None:
 def test_ops_take_it_where_programs_are_many(tokens: int) -> None:
     n = 220 * ROWS
     case = random_case(FOUR, tokens, n, 256, dtype=torch.bfloat16, device=WHERE)
-    assert wiring.tile_of(case.x, [weight_of(case)], case.spec)
+    assert wiring.takes_rows(case.x, [weight_of(case)], case.spec)
     whole = wiring.by_integers(case.x, case.counts, [weight_of(case)], case.spec, Activation.A16)[0]
     rows = slice(n - 150, n)
     slices = case.slices.view(4, n, -1)[:, rows].reshape(8, 150, -1).contiguous()

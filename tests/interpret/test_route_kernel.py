@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mobiquant_compiler import reference, wiring
-from mobiquant_compiler.runtime.launch import Prepared
 from mobiquant_compiler.runtime.marks import MOST_TOKENS
 from mobiquant_compiler.spec import Activation, SliceSpec
 
@@ -45,23 +44,15 @@ def both(x: Tensor, router: tuple[Tensor, Tensor], thresholds: Tensor, mask: Ten
     assert torch.equal(rows.placed[0], wanted.flatten()[rows.placed[1].long()])
     if rows.tokens > MOST_TOKENS:
         return
-    for tile in (1, 16, MOST_TOKENS):
-        again = before.clone()
-        at_once = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8, tile=tile)
-        assert torch.equal(at_once.counts, wanted.flatten())
-        assert torch.equal(again, wanted_hist)
-        same_rows(at_once, rows, in_order=rows.tokens <= tile)
-
-
-def same_rows(found: Prepared, rows: Prepared, *, in_order: bool) -> None:
-    """Check tokens that were routed in the same launch: where those of given counts are, or each in its own place."""
-    assert found.placed is not None
-    assert rows.placed is not None
-    order = rows.placed[1].argsort() if in_order else torch.arange(rows.tokens)
-    assert torch.equal(found.placed, rows.placed[:, order])
-    for got, wanted, axis in ((found.high, rows.high, 2), (found.affine, rows.affine, 1), (found.sums, rows.sums, 1)):
-        got, wanted = got.narrow(axis, 0, rows.tokens), wanted.index_select(axis, order)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    again = before.clone()
+    at_once = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8, token_rows=True)
+    assert torch.equal(at_once.counts, wanted.flatten())
+    assert torch.equal(again, wanted_hist)
+    assert at_once.placed is not None
+    assert torch.equal(at_once.placed, rows.placed), "placed by what was chosen in the same launch"
+    assert torch.equal(at_once.high, rows.high)
+    assert torch.allclose(at_once.affine, rows.affine, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(at_once.sums, rows.sums)
 
 
 @given(

@@ -31,14 +31,14 @@ class Wiring:
 
     wrong = 0.0
 
-    def tile_of(self, x, weights, spec):
-        return 16 if 9 <= x.shape[0] <= 64 else 0
+    def takes_rows(self, x, weights, spec):
+        return 9 <= x.shape[0] <= 64
 
-    def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, tile):
-        assert tile == self.tile_of(x, (), spec)
+    def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, token_rows):
+        assert token_rows == self.takes_rows(x, (), spec)
         kind = "energy" if len(router) == 2 else "mlp"
         counts = reference.route(x, router, thresholds, hist, mask, kind)
-        return SimpleNamespace(x=x, counts=counts, rows=tile > 0)
+        return SimpleNamespace(x=x, counts=counts, rows=token_rows)
 
     def quantize(self, x, counts, spec, activation, *, token_rows):
         assert token_rows

@@ -8,15 +8,15 @@ from mobiquant_compiler.codegen import activations, networks
 
 
 @triton.jit
-def record(count, token, tokens, together, masked, hist_ptr, mask_ptr, counts_ptr, marks_ptr, TOKEN_ROWS: tl.constexpr):
+def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr, marks_ptr, TOKEN_ROWS: tl.constexpr):
     """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there.
 
-    Where others wait for it, they are told.
+    Where others wait for it, it is a mark for them.
     """
     there = token < tokens
     tl.store(counts_ptr + token, count, mask=there)
     if TOKEN_ROWS:
-        activations.mark_count(marks_ptr, token, count, there & (tokens > together))
+        tl.atomic_xchg(marks_ptr + token, count, mask=there, sem="relaxed")
     real = tl.load(mask_ptr + 1 + token, mask=masked & there, other=1)
     tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=there & (real != 0), sem="relaxed")
 
@@ -33,7 +33,6 @@ def route_token(
     marks_ptr,
     token,
     tokens,
-    together,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -68,7 +67,6 @@ def route_token(
         count=count,
         token=token,
         tokens=tokens,
-        together=together,
         masked=masked,
         hist_ptr=hist_ptr,
         mask_ptr=mask_ptr,
@@ -94,7 +92,6 @@ def route_by_network(
     marks_ptr,
     token,
     tokens,
-    together,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -142,7 +139,6 @@ def route_by_network(
             count=tl.min(tl.where(used, NUM_SLICES, offs_e + 1), axis=0),
             token=token + m,
             tokens=tokens,
-            together=together,
             masked=masked,
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
@@ -164,7 +160,6 @@ def quantize_columns(
     first_group,
     token,
     tokens,
-    together,
     ROUTE: tl.constexpr,
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -179,9 +174,8 @@ def quantize_columns(
     Shapes: high, low words of bytes and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times
         the sum of the integers), in the order of `activations.activation_places`, zero from COLUMNS on. With TOKEN_ROWS
         in that of `row_places`, tokens where `place_of` says; then also sums int32 [K_PADDED / GROUP, T rounded up to
-        8] and placed int32 [2, T], the count and the token at each place. With ROUTE too
-        tokens keep their order if they are no more than `together`; else counts are marks of at most 64 tokens, int32
-        [256], zeros before and after (`activations.mark_count`).
+        8] and placed int32 [2, T], the count and the token at each place. With ROUTE too counts are marks
+        int32 [65], zeros before and after: of at most 64 tokens, and how many programs have read them.
     """
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
@@ -199,12 +193,9 @@ def quantize_columns(
         inside = offs_k < COLUMNS
     xi, step = activations.fixed_point(tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if TOKEN_ROWS:
-        place = token
-        # Where one tile has all tokens, it has all counts in any order.
-        if not ROUTE or tokens > together:
-            # No sooner: what programs that route choose arrives meanwhile.
-            place, count = activations.place_of(counts_ptr, token, tokens, ROUTE, EMULATE)
-            tl.store(placed_ptr + place, count, mask=first_group == 0)
+        # No sooner: what programs that route choose arrives meanwhile.
+        place, count = activations.place_of(counts_ptr, token, tokens, ROUTE, EMULATE)
+        tl.store(placed_ptr + place, count, mask=first_group == 0)
         tl.store(placed_ptr + tokens + place, token, mask=first_group == 0)
         token = place
         places = activations.row_places(offs_g, token, blocks, GROUP, 2 if ACTIVATION == "a16" else 1)
@@ -221,9 +212,8 @@ def quantize_columns(
         tl.store(sums_ptr + offs_g.to(tl.int64) * blocks * 8 + token, total, mask=in_g)
     both = tl.join(step, (-total).to(tl.float32) * step)
     tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
-    if TOKEN_ROWS and ROUTE:  # noqa: SIM102  (known when the kernel is made, unlike the next)
-        if tokens > together:
-            activations.leave_marks(counts_ptr, tl.num_programs(0) - tokens)
+    if TOKEN_ROWS and ROUTE:
+        activations.leave_marks(counts_ptr, tl.num_programs(0) - tokens)
 
 
 @triton.jit
@@ -259,7 +249,6 @@ def begin(
         "marks_ptr",
         "placed_ptr",
         "tokens",
-        "together",
         "capacity",
     )
 )
@@ -282,7 +271,6 @@ def route_quantize(
     affine_ptr,
     sums_ptr,
     tokens,
-    together,
     capacity,
     NUM_SLICES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -306,16 +294,18 @@ def route_quantize(
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
         int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
         TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
-        by a network BLOCK_M tokens, with QUANTIZE K_PADDED / BLOCK_W that quantize), rounded up, or their product.
+        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up; with
+        ROUTE and TOKEN_ROWS its product.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
-    token, part = tl.program_id(0), tl.program_id(1)
     if TOKEN_ROWS and ROUTE:
         # Programs that route wait for none and begin first, so that those that wait for them cannot keep them out.
-        token, part = token % tokens, token // tokens
+        token, part = tl.program_id(0) % tokens, tl.program_id(0) // tokens
+    else:
+        token, part = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         begin(
             first=token + part == 0,
@@ -342,7 +332,6 @@ def route_quantize(
             marks_ptr=marks_ptr,
             token=token * BLOCK_M,
             tokens=tokens,
-            together=together,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
@@ -365,7 +354,6 @@ def route_quantize(
             marks_ptr=marks_ptr,
             token=token,
             tokens=tokens,
-            together=together,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
@@ -379,7 +367,7 @@ def route_quantize(
         quantize_columns(
             x_ptr=x_ptr, counts_ptr=marks_ptr if TOKEN_ROWS and ROUTE else counts_ptr,
             placed_ptr=placed_ptr, high_ptr=high_ptr, low_ptr=low_ptr, affine_ptr=affine_ptr, sums_ptr=sums_ptr,
-            first_group=part * (BLOCK_W // GROUP), token=token, tokens=tokens, together=together,
+            first_group=part * (BLOCK_W // GROUP), token=token, tokens=tokens,
             ROUTE=ROUTE, GROUP=GROUP, K_PADDED=K_PADDED, COLUMNS=COLUMNS, ACTIVATION=ACTIVATION, TOKEN_ROWS=TOKEN_ROWS,
             BLOCK_W=BLOCK_W, EMULATE=EMULATE,
         )
