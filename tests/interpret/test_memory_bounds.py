@@ -15,8 +15,15 @@ from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
 from mobiquant_compiler.runtime import fused, prefill
 from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.runtime.marks import MOST_TOKENS
 from mobiquant_compiler.spec import Activation, Family, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
+
+
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 class Watch:
@@ -30,8 +37,9 @@ class Watch:
     def allow(self, arguments: Any) -> None:
         """Let a launch touch the tensors among its arguments, and nothing else."""
         tensors = [a for a in arguments if isinstance(a, Tensor) and a.numel()]
-        assert all(t.is_contiguous() for t in tensors)
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+        spans = sorted(span_of(t) for t in tensors if t.is_contiguous())
+        for start, stop in (span_of(t) for t in tensors if not t.is_contiguous()):
+            assert any(a <= start and stop <= b for a, b in spans), "a view of what is no argument itself"
         self.starts, self.stops = [s for s, _ in spans], [s for _, s in spans]
 
     def check(self, pointers: Any, mask: Any, size: int) -> None:
@@ -124,6 +132,24 @@ def test_routing_and_quantizing(activation: Activation, slices: int, capacity: i
     mask[0] = 4
     wiring.prepare(x, router, thresholds, hist, mask, spec, activation)
     wiring.route(x, router, thresholds, hist, mask, "energy")
+
+
+@pytest.mark.parametrize("k", [41, 300])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 64, 66])
+@pytest.mark.parametrize("activation", list(Activation))
+def test_rows(activation: Activation, tokens: int, k: int) -> None:
+    x, spec = torch.randn(tokens, k), SliceSpec((2,) * 3, 64)
+    counts = torch.arange(tokens, dtype=torch.int32) % 3 + 1
+    given = wiring.quantize(x, counts, spec, activation, token_rows=True)
+    assert given.placed is not None
+    assert given.placed[1].sort().values.tolist() == list(range(tokens))
+    if tokens > MOST_TOKENS:
+        return
+    router, thresholds = (torch.ones(k), torch.ones(2)), torch.full((2,), float(k))
+    hist, mask = torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    chosen = wiring.prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=True)
+    assert chosen.placed is not None
+    assert chosen.placed[1].sort().values.tolist() == list(range(tokens))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
