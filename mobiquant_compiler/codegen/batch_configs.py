@@ -16,7 +16,7 @@ _SMALL, _LARGE = 16, 32  # tokens of programs
 # tile and of more, the programs of `sliced_mma`, of 16 or 32 rows, keep more of them busy.
 _LEAST_OF_ONE_TILE, _LEAST_PROGRAMS = 80, 64
 _COLUMNS_IN_STAGES = 3 * 256  # a stage is a pair of groups
-_FEW_COLUMNS = 4096  # of so many or fewer programs end soon, and beginning and ending are a large part of their time
+_SHORT_ROWS = 4096  # columns: programs of so many or fewer end soon, and beginning and ending take much of their time
 _HALF_OF_THE_REGISTERS = 128  # a thread of 256, where two programs share a multiprocessor
 
 
@@ -68,7 +68,7 @@ def tile_of(tokens: int, blocks: int, k: int) -> BatchTile | None:
     size, programs = (_SMALL, small) if tokens <= _SMALL or small <= MULTIPROCESSORS else (_LARGE, large)
     # Two programs share a multiprocessor where there are no more than that, or where one begins while the other works;
     # elsewhere two warpgroups share a program.
-    shared = programs > MULTIPROCESSORS and (programs <= 2 * MULTIPROCESSORS or k <= _FEW_COLUMNS)
+    shared = programs > MULTIPROCESSORS and (programs <= 2 * MULTIPROCESSORS or k <= _SHORT_ROWS)
     return BatchTile(size, 1 if shared else 2)
 
 

@@ -1,4 +1,4 @@
-"""Launches kernels handed to it: shapes, scratch memory and grids, and nothing that waits for the device.
+"""Launches kernels handed to it: shapes, scratch memory and grids; only making new `marks` waits for the device.
 
 Everything here can be captured into a CUDA graph: sizes follow from shapes, what depends on data is read by kernels.
 Device-agnostic: in Triton's interpreter the same functions run on CPU tensors.

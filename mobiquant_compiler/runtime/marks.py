@@ -3,15 +3,21 @@
 Two launches that may run at the same time must not share them: each stream has its own, and so has each launch that is
 captured into a CUDA graph, which runs on whatever stream it is replayed. Zeroing memory for each launch would be
 another launch.
+
+A stream is known by its handle. Work that is still pending on a stream that was destroyed, whose handle another one
+got, and streams that share one handle (that of the default stream of each thread) are not told apart.
 """
 
 from __future__ import annotations
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 MOST_TOKENS = 64  # of a launch whose programs wait for counts: a mark each
 MARKS = MOST_TOKENS + 1  # and how many programs have read them
 _ROOM = 72  # int32 from one launch's marks to those of the next: lines of 32 bytes of their own
@@ -49,6 +55,12 @@ class _Store:
         return marks
 
     def _grow(self) -> None:
+        # A thread may be told to allocate from the pool of some graphs, as torch tells it in calls before a capture,
+        # and such memory is given to others later. What a new thread allocates is its own.
+        with ThreadPoolExecutor(1) as another:
+            another.submit(self._allocate).result()
+
+    def _allocate(self) -> None:
         zeros = torch.zeros(_LAUNCHES, _ROOM, dtype=torch.int32, device=self._device)
         torch.cuda.current_stream(self._device).synchronize()  # other streams read them too
         with self._lock:
@@ -70,7 +82,10 @@ def marks_for(device: torch.device) -> Tensor:
     store = _STORES.get(device)
     if torch.cuda.is_current_stream_capturing():
         taken = None if store is None else store.take()
-        return torch.zeros(MARKS, dtype=torch.int32, device=device) if taken is None else taken
+        if taken is not None:
+            return taken
+        log.debug("no marks are left for a launch that is captured: the graph zeroes its own")
+        return torch.zeros(MARKS, dtype=torch.int32, device=device)
     if store is None:
         store = _STORES.setdefault(device, _Store(device))
     return store.of_stream()

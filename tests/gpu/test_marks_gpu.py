@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import mobiquant_compiler as mq
 from mobiquant_compiler import wiring
 from mobiquant_compiler.runtime import marks
 from mobiquant_compiler.runtime.launch import Prepared
@@ -133,3 +134,19 @@ def test_each_captured_launch_has_marks_of_its_own(monkeypatch: pytest.MonkeyPat
         graph.replay()
         torch.cuda.synchronize()
         assert_same(prepared, wanted)
+
+
+@pytest.mark.parametrize("tokens", [17, 64])
+def test_calls_before_a_capture_that_torch_makes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In them torch allocates from the pool of its graphs, and fails where anybody keeps what it did not see."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 4096), nn.SiLU(), nn.Linear(4096, 4096)).to(WHERE, torch.bfloat16)
+    mq.quantize_(model.eval().requires_grad_(False), budget=5)
+    x = torch.randn(tokens, 256, dtype=torch.bfloat16, device=WHERE)
+    wanted = model(x)
+    monkeypatch.setattr(marks, "_STORES", {})
+    compiled = torch.compile(model, backend="mobiquant", mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x), wanted, rtol=2e-2, atol=2e-2)

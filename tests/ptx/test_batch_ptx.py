@@ -60,7 +60,21 @@ def test_products_are_of_signed_bytes_and_copies_by_descriptors(tile: BatchTile)
     shapes = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx))
     assert shapes == {f"m64n{2 * tile.tokens}k32.s32.s8.s8"}, "high halves and low ones side by side"
     assert "cp.async.bulk.tensor.3d" in ptx
-    assert "griddepcontrol.wait" in ptx
+    order = re.findall(r"griddepcontrol\.\w+|wgmma\.wait_group\S* 0|ld\.global|st\.global", ptx)
+    assert order[0] == "griddepcontrol.wait", "the kernel before may still be writing"
+    assert order.count("griddepcontrol.wait") == 1
+    signals = [at for at, name in enumerate(order) if name == "griddepcontrol.launch_dependents"]
+    assert len(signals) == 3, "every body lets the next kernel begin"
+
+
+def test_the_next_kernel_begins_when_products_are_done() -> None:
+    """Programs that come sooner all go to the few multiprocessors that this kernel leaves free."""
+    one = batch_spec(SliceSpec((2,)), 4096, H100, tile=TILES[2], row_unit=8)
+    body = measured(one).ptx
+    signal = body.index("griddepcontrol.launch_dependents")
+    between = body[signal : body.index("st.global", signal)]
+    assert "wgmma.mma_async" not in between
+    assert "mbarrier.try_wait" not in between, "what follows is writing the tile"
 
 
 def test_the_next_product_is_begun_before_the_last_is_waited_for() -> None:

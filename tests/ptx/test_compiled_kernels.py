@@ -109,7 +109,8 @@ def test_tokens_are_placed_by_counts_that_are_waited_for(name: str) -> None:
     assert ptx.count("atom.global.gpu.relaxed.exch.b32") == 1, "what routes says so"
     _, after = ptx.split("ld.relaxed.gpu.global")
     assert re.search(r"setp\.eq\.b32\s+none, %r\d+, 0;\s+@none bra again;", after)
-    assert ptx.count("atom.global.gpu.relaxed.add.u32") == 1, "the last to leave clears the marks"
+    assert after.count("atom.global.gpu.relaxed.add.u32") == 1, "the last to leave clears the marks"
+    assert "bar.sync" in after.split("atom.global.gpu.relaxed.add.u32")[0], "after all threads have read them"
 
 
 def test_without_overlap_nothing_waits() -> None:

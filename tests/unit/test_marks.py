@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from threading import get_ident
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,11 @@ class Device:
 
     def __init__(self) -> None:
         self.stream, self.capturing, self.allocated = 1, False, 0
+        self.threads: set[int] = set()
 
     def zeros(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         self.allocated += 1
+        self.threads.add(get_ident())
         return torch.full(shape, 0, dtype=dtype)
 
 
@@ -34,6 +37,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(marks, "_STORES", {})
     monkeypatch.setattr(marks, "_LAUNCHES", 8)
     return device
+
+
+def test_marks_are_allocated_where_no_pool_of_graphs_is_in_the_way(gpu: Device) -> None:
+    """Calls before a capture may allocate from the pool of graphs, which torch says thread by thread."""
+    marks.marks_for(GPU)
+    assert gpu.threads
+    assert get_ident() not in gpu.threads
+
+
+def test_what_goes_wrong_is_said(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*shape: int, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(marks.torch, "zeros", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        marks.marks_for(GPU)
 
 
 def test_a_stream_keeps_its_own(gpu: Device) -> None:

@@ -294,15 +294,15 @@ def route_quantize(
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
         int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
         TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
-        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up; with
-        ROUTE and TOKEN_ROWS its product.
+        by a network BLOCK_M tokens, with QUANTIZE K_PADDED / BLOCK_W that write as many), rounded up, or the product.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
     if TOKEN_ROWS and ROUTE:
-        # Programs that route wait for none and begin first, so that those that wait for them cannot keep them out.
+        # Programs that route wait for none and begin first (every GPU begins programs in their order, though CUDA does
+        # not promise it), so that those that wait for them cannot keep them out.
         token, part = tl.program_id(0) % tokens, tl.program_id(0) // tokens
     else:
         token, part = tl.program_id(0), tl.program_id(1)
