@@ -11,7 +11,7 @@ from torch import Tensor
 from mobiquant_compiler import kernels, wiring
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel, target_of
 from mobiquant_compiler.routing import idle_router, prepare, quantize, route
-from mobiquant_compiler.runtime import fused, launch
+from mobiquant_compiler.runtime import fused, launch, marks
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
@@ -88,14 +88,12 @@ def _warm_call(
     limits = router[1]
     hist = torch.zeros(spec.num_slices, dtype=torch.int64, device=x.device)
     mask = torch.zeros(1, dtype=torch.int32, device=x.device)
-    counts = route(x, router, limits, hist, mask, kind)
+    routing = (router, limits, hist, mask)
+    counts = route(x, *routing, kind)
     quantize(x, counts, spec, activation)
     kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
-    launch.multiply(kernel, prepare(x, router, limits, hist, mask, spec, activation), weights)
-    launched = 4 + _warm_batches(weights, x, counts, spec, n, activation, units)
-    if launched > 4 and x.shape[0] <= PREFILL_TOKENS:
-        prepare(x, router, limits, hist, mask, spec, activation, token_rows=True)
-        launched += 1
+    launch.multiply(kernel, prepare(x, *routing, spec, activation), weights)
+    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
@@ -112,6 +110,7 @@ def _warm_batches(
     weights: Sequence[Weight],
     x: Tensor,
     counts: Tensor,
+    routing: tuple[Sequence[Tensor], Tensor, Tensor, Tensor],
     spec: SliceSpec,
     n: int,
     activation: Activation,
@@ -125,12 +124,15 @@ def _warm_batches(
     if not tiles:
         return 0
     prepared = quantize(x, counts, spec, activation, token_rows=True)
+    together = x.shape[0] <= marks.MOST_TOKENS
+    if together:
+        prepare(x, *routing, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
     for unit in units:
         for tile in tiles:
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
             launch.multiply(kernel, prepared, [_of_rows(weight, unit, spec, k) for weight in weights])
-    return 1 + len(tiles) * len(units)
+    return 1 + together + len(tiles) * len(units)
 
 
 def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:

@@ -9,6 +9,7 @@ Names are those of `batch_copies`.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mobiquant_compiler.codegen import batch_copies, batch_operands, batch_products, operands
 from mobiquant_compiler.codegen.batch_copies import produce
@@ -106,22 +107,6 @@ def sum_of_four(levels, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
 def written_layout(rows):
     """Return the layout in which a tile of sums is written, rows of a token side by side."""
     return gl.BlockedLayout([8, 1], [rows // 8, 256 // rows], [1, rows // 16], [0, 1])
-
-
-@gluon.jit
-def let_next_begin():
-    """Let the next kernel begin (programmatic dependent launch).
-
-    Not before: its programs would all come to the few multiprocessors that this kernel leaves free, and stay there.
-    """
-    gl.inline_asm_elementwise(
-        "mov.b32 $0, 0; griddepcontrol.launch_dependents;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -223,5 +208,6 @@ def multiply_program(
         mbarrier.invalidate(ready.index(stage))
         mbarrier.invalidate(empty.index(stage))
     if OVERLAP:
-        let_next_begin()
+        # Not before: programs of the next kernel would all come to the few multiprocessors that this one leaves free.
+        gdc_launch_dependents()
     write_tile(sums, order, bias_ptr, y_ptr, tokens, place, HAS_BIAS, TOKENS, ROWS)

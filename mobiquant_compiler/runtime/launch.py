@@ -172,7 +172,6 @@ def prepare(
     if tokens:
         energy, gain, hidden, hidden_bias, out, out_bias = [*router, *(None,) * 6][:6]
         with _current(x):
-            waits = spec.route and spec.token_rows
             kernel.launch(
                 _grid_of_tokens(spec, tokens),
                 x_ptr=aligned(_rows(x)),
@@ -186,7 +185,7 @@ def prepare(
                 hist_ptr=hist,
                 mask_ptr=mask,
                 counts_ptr=prepared.counts,
-                marks_ptr=marks_for(x.device) if waits else None,
+                marks_ptr=marks_for(x.device) if spec.waits else None,
                 high_ptr=high.view(torch.int32),
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
@@ -201,7 +200,7 @@ def prepare(
 def _grid_of_tokens(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
     """Return the grid of route_quantize."""
     programs = int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)
-    if not (spec.route and spec.token_rows):
+    if not spec.waits:
         return (tokens if spec.quantize else ceil_div(tokens, spec.block_m), programs)
     assert tokens <= MOST_TOKENS, "more tokens than marks: they are routed before"
     return (tokens * programs,)

@@ -77,15 +77,16 @@ def marks_for(device: torch.device) -> Tensor:
     While a CUDA graph is captured they are for this launch alone. Where there are none left, or no call was made before
     the capture, the graph zeroes memory of its own.
     """
-    if device.type != "cuda":
-        return torch.zeros(MARKS, dtype=torch.int32, device=device)
+    marks = _kept(device) if device.type == "cuda" else None
+    return torch.zeros(MARKS, dtype=torch.int32, device=device) if marks is None else marks
+
+
+def _kept(device: torch.device) -> Tensor | None:
+    """Return the marks that the current stream of a CUDA device, or its capture, may have; None where none are left."""
     store = _STORES.get(device)
-    if torch.cuda.is_current_stream_capturing():
-        taken = None if store is None else store.take()
-        if taken is not None:
-            return taken
+    if not torch.cuda.is_current_stream_capturing():
+        return (store or _STORES.setdefault(device, _Store(device))).of_stream()
+    marks = None if store is None else store.take()
+    if marks is None:
         log.debug("no marks are left for a launch that is captured: the graph zeroes its own")
-        return torch.zeros(MARKS, dtype=torch.int32, device=device)
-    if store is None:
-        store = _STORES.setdefault(device, _Store(device))
-    return store.of_stream()
+    return marks

@@ -2,21 +2,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from mobiquant_compiler.codegen import batches
-
-
-@gluon.jit
-def wait_for_neighbour():
-    """Wait for the work of the kernel before (programmatic dependent launch)."""
-    gl.inline_asm_elementwise(
-        "mov.b32 $0, 0; griddepcontrol.wait;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -157,7 +145,7 @@ def batch_wgmma(
     descs = (acts_desc, facts_desc, (sums_desc,) if NUM_SLICES == 4 else (), slices_descs)
     place = (gl.program_id(0) * BLOCK_M, block * BLOCK_N, n_rows, part)
     if OVERLAP:
-        wait_for_neighbour()
+        gdc_wait()
     most, least = batches.counts_between(placed_ptr, place[0], tokens, NUM_SLICES, BLOCK_M, NUM_WARPS)
     for count in gl.static_range(1, NUM_SLICES + 1):
         # Tokens of one count multiply once and tell nothing apart, those of two counts side by side multiply twice.
