@@ -84,6 +84,19 @@ def end_program(uniform):
 
 
 @triton.jit
+def begin_next(when):
+    """Let the next kernel begin, as far as this program goes (sm_90), where it is true; one thread speaks for all."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; mov.b32 $0, 0; @p griddepcontrol.launch_dependents; }",
+        "=r,r",
+        [when.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_words(ptr, mask, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Load COUNT (1, 2 or 4) consecutive words a thread, zeros where the mask is false.
 

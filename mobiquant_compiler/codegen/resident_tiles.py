@@ -309,6 +309,7 @@ def multiply_tiles(
                 K_PADDED,
                 ACTIVATION,
             )
+        fragments.begin_next(rings.tile_of(turn + 1, tid, weights[4]) >= parts.blocks_of(weights[4], 16))
         shared_memory.wait_for_copies(tid)
         again = fragments.thread_again(tid, False)
         room = base + SUMS_FROM + again // TEAM * TEAM_BYTES + turn % SIDES * SUMS

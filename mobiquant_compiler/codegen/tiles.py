@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mobiquant_compiler.codegen import chains, fragments, scaling
 
@@ -92,12 +93,14 @@ def multiply_program(
     K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SIGNALS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Multiply a program's BLOCKS blocks of eight tokens by its rows and write the result; see `chains.warp_sums`.
 
     Tokens that are ALIKE are multiplied together, others a few blocks at a time. Each of ROW_WARPS warps side by side
-    has ROW_TILES tiles of 16 rows, and multiplies all of them by what it loads of a token.
+    has ROW_TILES tiles of 16 rows, and multiplies all of them by what it loads of a token. With SIGNALS the next kernel
+    may begin when products of the first blocks are done.
 
     Args: acts are the pointers (high, low, affine), weight those (slices, scale, zero, bias); tile is (pointer to
         counts, pointer to the output, first row, thread numbers, the largest count, tokens, rows in all).
@@ -137,5 +140,7 @@ def multiply_program(
             ACTIVATION,
             EMULATE,
         )
+        if SIGNALS:
+            gdc_launch_dependents()
         place = (y_ptr, weight[3], program_row, first_block, tokens, n_rows)
         store_blocks(sums, place, HAS_BIAS, ONE, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)

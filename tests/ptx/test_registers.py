@@ -141,6 +141,12 @@ def test_each_body_of_resident_mma_ends_the_program() -> None:
     assert len(re.findall(r"\bexit;", ptx)) == 2 * 7
 
 
+def test_programs_of_resident_mma_let_the_next_kernel_begin_at_their_last_tile() -> None:
+    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
+    order = re.findall(r"(@p griddepcontrol\.launch_dependents|griddepcontrol\.\w+)", ptx)
+    assert order == ["griddepcontrol.wait"] + ["@p griddepcontrol.launch_dependents"] * 7, "one a body"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_descriptors_are_the_first_parameters(parts: int) -> None:
     """Copies find a descriptor by the number of its parameter: each is one of 128 bytes, two sizes and two strides."""

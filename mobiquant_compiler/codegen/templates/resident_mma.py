@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from mobiquant_compiler.codegen import copy_engine, device, fragments, parts, resident_tiles, rings, shared_memory
 
@@ -154,8 +154,7 @@ def resident_mma(
     # Read by place only (`copy_engine.descriptor`); named here, they stay parameters.
     descs = of_each(p0=slices_desc, p1=slices1_desc, p2=slices2_desc, p3=slices3_desc, PARTS=PARTS)
     tid = gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
-    # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
-    gdc_launch_dependents()
+    # Have the base slice come near while the kernel before ends; only then read its work.
     for number in gl.static_range(len(descs)):
         copy_engine.fetch_descriptor(copy_engine.descriptor(tid, rings.KERNEL, number))
     if PREFETCH > 0:

@@ -49,6 +49,7 @@ def multiply_by_count(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Take the body for the largest count of the program's tokens.
@@ -91,6 +92,7 @@ def multiply_by_count(
                     K_PADDED,
                     ACTIVATION,
                     HAS_BIAS,
+                    OVERLAP and BLOCK_M > 8,
                     EMULATE,
                 )
                 if LAST:
@@ -190,8 +192,10 @@ def sliced_mma(
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
     if OVERLAP:
-        # Let the next kernel begin; have the base slice come near while the one before ends; only then read its work.
-        gdc_launch_dependents()
+        # Let the next kernel begin, or, where programs have many tokens, later: what comes early would take turns with
+        # them. Have the base slice come near while the kernel before ends; only then read its work.
+        if BLOCK_M <= 8:
+            gdc_launch_dependents()
         if PREFETCH > 0:
             device.prefetch_base(
                 weight[0], program_row, tid, rows_here, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
@@ -211,5 +215,6 @@ def sliced_mma(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         ROW_TILES=ROW_TILES,
+        OVERLAP=OVERLAP,
         EMULATE=EMULATE,
     )
