@@ -118,19 +118,22 @@ class Weights:
         thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
         router = (*self.router, *self.network) if trained else self.router
-        rows = wiring.takes_rows(x, [Weight(*self.copies[0], None)], self.spec)
-        routing = (x, router, thresholds, self.hist, self.mask)
+        weights = [Weight(*self.copies[0], None)]
+        routing = (x, router, thresholds, self.hist, self.mask, "mlp" if trained else "energy")
 
-        # Rows lie where their counts say: those of given counts are quantized before, beside what is timed.
-        given = None
-        if rows and counts is not None:
+        order = wiring.order_of(x, weights, self.spec)
+        given = placed = None
+        if counts is not None and order is wiring.Order.SORTED:
+            # They lie where their counts say: those of given counts are quantized before, beside what is timed.
             given = wiring.quantize(x, counts, self.spec, activation, token_rows=True)
+        elif counts is not None and order is wiring.Order.ROWS:
+            placed = torch.stack((counts, torch.arange(len(counts), dtype=torch.int32, device=self.device)))
 
         def prepared() -> Any:
-            found = wiring.prepare(*routing, self.spec, activation, token_rows=rows)
-            if given is not None:
-                return given
-            return found if counts is None else wiring.with_counts(found, counts)
+            found = wiring.prepare_for(weights, *routing, self.spec, activation)
+            if counts is None:
+                return found
+            return wiring.with_counts(found, counts, placed) if given is None else given
 
         return prepared
 

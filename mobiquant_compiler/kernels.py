@@ -162,6 +162,14 @@ def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ..
     return batch_configs.tile_of(tokens, batch_configs.blocks_of(rows), k)
 
 
+@lru_cache(maxsize=1024)
+def batch_keeps_order(tile: BatchTile, tokens: int, rows: tuple[int, ...], k: int) -> bool:
+    """Say whether tokens of a call of batch_wgmma keep their order; else they are sorted by slice count."""
+    from mobiquant_compiler.codegen import batch_configs
+
+    return batch_configs.keeps_order(tokens, batch_configs.blocks_of(rows), k, tile)
+
+
 @cache
 def dequantize_kernel(spec: SliceSpec, k: int, target: Target, *, sorted_rows: bool) -> Kernel:
     """Return the kernel that writes weights out for a library's GEMM."""

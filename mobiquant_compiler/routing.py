@@ -48,7 +48,7 @@ def prepare(
     *,
     token_rows: bool = False,
 ) -> Prepared:
-    """Route and quantize tokens in one launch, for any number of linears that read them; as rows at most 64.
+    """Route and quantize tokens in one launch, for any number of linears that read them; rows keep their order.
 
     Shapes: x [..., K]; router energy float32 [K] and gain float32 [E - 1], and its network where it was trained
         (`reference.mlp_scores`); thresholds float32 [E - 1]; hist int64 [E].

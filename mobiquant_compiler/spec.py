@@ -275,11 +275,6 @@ class KernelSpec:
             raise BadKernelSpec(family=self.family, name="parts", got=self.parts, wanted=wanted)
 
     @property
-    def waits(self) -> bool:
-        """Whether programs wait for slice counts that others of the launch choose (route_quantize)."""
-        return self.route and self.token_rows
-
-    @property
     def name(self) -> str:
         """Stable file and symbol name of the kernel."""
         widths = "".join(str(b) for b in self.widths)

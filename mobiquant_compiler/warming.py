@@ -11,7 +11,7 @@ from torch import Tensor
 from mobiquant_compiler import kernels, wiring
 from mobiquant_compiler.kernels import fused_kernel, gather_kernel, target_of
 from mobiquant_compiler.routing import idle_router, prepare, quantize, route
-from mobiquant_compiler.runtime import fused, launch, marks
+from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
@@ -124,15 +124,13 @@ def _warm_batches(
     if not tiles:
         return 0
     prepared = quantize(x, counts, spec, activation, token_rows=True)
-    together = x.shape[0] <= marks.MOST_TOKENS
-    if together:
-        prepare(x, *routing, spec, activation, token_rows=True)
+    prepare(x, *routing, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
     for unit in units:
         for tile in tiles:
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
             launch.multiply(kernel, prepared, [_of_rows(weight, unit, spec, k) for weight in weights])
-    return 1 + together + len(tiles) * len(units)
+    return 2 + len(tiles) * len(units)
 
 
 def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import StrEnum, auto
 from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from mobiquant_compiler.kernels import (
     target_of,
 )
 from mobiquant_compiler.routing import prepare, quantize, route, routes
-from mobiquant_compiler.runtime import fused, launch, marks, paths
+from mobiquant_compiler.runtime import fused, launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import BATCH_TOKENS, PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from mobiquant_compiler.codegen.crossover import Crossover
 
 
-def with_counts(prepared: Prepared, counts: Tensor) -> Prepared:
-    """Return prepared tokens, no rows, with other slice counts, int32 [T]."""
-    assert prepared.placed is None, "rows are placed by their counts"
-    return replace(prepared, counts=counts)
+def with_counts(prepared: Prepared, counts: Tensor, placed: Tensor | None = None) -> Prepared:
+    """Return prepared tokens in their order with other slice counts, int32 [T]; rows with other `placed` too."""
+    assert (prepared.placed is None) == (placed is None), "rows have counts there, and lanes have no rows"
+    return replace(prepared, counts=counts, placed=placed)
 
 
 def multiply(
@@ -54,14 +55,23 @@ def multiply(
     return _multiply_all(prepared, [Weight(slices, scale, zero, bias)], spec, activation)[0]
 
 
-def takes_rows(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> bool:
-    """Say whether tokens [..., K] are quantized as rows, for batch_wgmma: by shapes, dtypes and device alone."""
-    tokens = launch.token_count(x)
-    if tokens < BATCH_TOKENS:
-        return False
-    rows = tuple(weight.rows for weight in weights)
+class Order(StrEnum):
+    """How tokens lie where they are multiplied."""
+
+    LANES = auto()  # as lanes load them, in their order
+    ROWS = auto()  # as rows, for batch_wgmma, in their order
+    SORTED = auto()  # as rows, those of most slices first
+
+
+def order_of(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> Order:
+    """Return how tokens [..., K] are quantized for weights: by shapes, dtypes and device alone."""
+    tokens, rows = launch.token_count(x), tuple(weight.rows for weight in weights)
+    if tokens < BATCH_TOKENS or not _share_launch(weights):
+        return Order.LANES
     tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows, x.shape[-1])
-    return tile is not None and _share_launch(weights)
+    if tile is None:
+        return Order.LANES
+    return Order.ROWS if kernels.batch_keeps_order(tile, tokens, rows, x.shape[-1]) else Order.SORTED
 
 
 def _share_launch(weights: Sequence[Weight]) -> bool:
@@ -172,11 +182,30 @@ def routed_linears(
     return by_integers(x, counts, weights, spec, activation)
 
 
+def prepare_for(
+    weights: Sequence[Weight],
+    x: Tensor,
+    router: Sequence[Tensor],
+    thresholds: Tensor,
+    hist: Tensor,
+    mask: Tensor,
+    kind: str,
+    spec: SliceSpec,
+    activation: Activation = Activation.A16,
+) -> Prepared:
+    """Route and quantize tokens for weights: in one launch, unless they are sorted by what was chosen in another."""
+    order = order_of(x, weights, spec)
+    if order is Order.SORTED:
+        counts = route(x, router, thresholds, hist, mask, kind)
+        return quantize(x, counts, spec, activation, token_rows=True)
+    return prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=order is Order.ROWS)
+
+
 def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
-    prepared = quantize(x, counts, spec, activation, token_rows=takes_rows(x, weights, spec))
+    prepared = quantize(x, counts, spec, activation, token_rows=order_of(x, weights, spec) is not Order.LANES)
     return _multiply_all(prepared, weights, spec, activation)
 
 
@@ -252,19 +281,14 @@ def elastic_linears(
     activation: Activation,
     prefill: Prefill,
 ) -> list[Tensor]:
-    """`reference.elastic_linears`: on the integer path a launch to route and quantize, one to multiply."""
+    """`reference.elastic_linears`: on the integer path one launch to route and quantize, one to multiply."""
     n = max(weight.shape[1] for weight in slices)
     if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
-    rows = takes_rows(x, weights, spec)
-    if rows and launch.token_count(x) > marks.MOST_TOKENS:  # too many to wait for one another's counts
-        counts = route(x, router, thresholds, hist, mask, kind, prefill)
-        prepared = quantize(x, counts, spec, activation, token_rows=True)
-    else:
-        prepared = prepare(x, router, thresholds, hist, mask, spec, activation, token_rows=rows)
+    prepared = prepare_for(weights, x, router, thresholds, hist, mask, kind, spec, activation)
     return _multiply_all(prepared, weights, spec, activation)
 
 

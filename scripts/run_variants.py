@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.configs import TokenClass
-from mobiquant_compiler.runtime import fused, marks, prefill
-from mobiquant_compiler.spec import Activation, Family, Prefill, SliceSpec
+from mobiquant_compiler.runtime import fused, prefill
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Family, Prefill, SliceSpec
 from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
 
@@ -84,7 +84,7 @@ def trained_routers(device: str) -> list[str]:
         mask, hist = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int64, device=device)
         limits = reference.mlp_scores(x, router)[0] * torch.tensor([1.0, 1.0, 1.5], device=device)
         counts = wiring.route(x, router, limits, hist, mask, "mlp")
-        shapes = (False, True) if tokens <= marks.MOST_TOKENS else (False,)
+        shapes = (False, True) if tokens <= PREFILL_TOKENS else (False,)
         beside = [wiring.prepare(x, router, limits, hist, mask, SPECS[0], token_rows=rows).counts for rows in shapes]
         if counts.tolist() != [3] * tokens or not all(torch.equal(counts, other) for other in beside):
             wrong.append(f"trained router, {k} columns, {hidden} units, {tokens} tokens: not three slices each")

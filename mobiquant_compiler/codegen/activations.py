@@ -83,60 +83,18 @@ def row_places(offs_g, token, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr)
 
 
 @triton.jit
-def wait_for_marks(ptr, EMULATE: tl.constexpr):
-    """Return int32 marks when none is 0 any more: what another program writes, and that it is there, is one word.
-
-    Each thread waits for its own: a mark changes once, so threads that hold the same one agree.
-    """
-    if EMULATE:  # programs run one after the other
-        marks = tl.load(ptr)
-    else:
-        marks = tl.inline_asm_elementwise(
-            """
-            {
-                .reg .pred none;
-            again:
-                ld.relaxed.gpu.global.b32 $0, [$1];
-                setp.eq.b32 none, $0, 0;
-                @none bra again;
-            }
-            """,
-            "=&r,l",
-            [ptr.to(tl.int64, bitcast=True)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    return marks
-
-
-@triton.jit
-def place_of(counts_ptr, token, tokens, WAIT: tl.constexpr, EMULATE: tl.constexpr):
+def place_of(counts_ptr, token, tokens):
     """Return a token's place among the 64 around it, those of most slices first, and its slice count.
 
-    So tokens of the same count are neighbours, and tiles have few counts each. With WAIT counts are marks that others
-    are writing.
+    So tokens of the same count are neighbours, and tiles have few counts each.
     """
     first = token // 64 * 64
     others = first + tl.arange(0, 64)
     there = others < tokens
-    ptr = counts_ptr + tl.minimum(others, tokens - 1)
-    if WAIT:
-        counts = wait_for_marks(ptr, EMULATE)
-    else:
-        counts = tl.load(ptr)
+    counts = tl.load(counts_ptr + tl.minimum(others, tokens - 1))
     own = tl.sum(tl.where(others == token, counts, 0), axis=0)
     before = there & ((counts > own) | ((counts == own) & (others < token)))
     return first + tl.sum(before.to(tl.int32), axis=0), own
-
-
-@triton.jit
-def leave_marks(marks_ptr, programs):
-    """Leave 64 marks and the number of programs that have read them as they were before: zeros, by the last of them."""
-    # A program comes here with the marks that it has read, and has read them for good.
-    if tl.atomic_add(marks_ptr + 64, 1, sem="relaxed") == programs - 1:
-        tl.store(marks_ptr + tl.arange(0, 64), tl.zeros([64], tl.int32))
-        tl.store(marks_ptr + 64, 0)
 
 
 @triton.jit

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
-from mobiquant_compiler.spec import BATCH_TOKENS, MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
+from mobiquant_compiler.spec import (
+    BATCH_TOKENS,
+    MULTIPROCESSORS,
+    PREFILL_TOKENS,
+    Activation,
+    Family,
+    KernelSpec,
+    SliceSpec,
+)
 
 CC = 90  # warpgroup products with an operand in registers are an instruction of sm_90 alone
 ROWS = 64  # output rows of a program: what a warpgroup multiplies
@@ -70,6 +78,25 @@ def tile_of(tokens: int, blocks: int, k: int) -> BatchTile | None:
     # elsewhere two warpgroups share a program.
     shared = programs > MULTIPROCESSORS and (programs <= 2 * MULTIPROCESSORS or k <= _SHORT_ROWS)
     return BatchTile(size, 1 if shared else 2)
+
+
+def keeps_order(tokens: int, blocks: int, k: int, tile: BatchTile) -> bool:
+    """Say whether the tokens of a call are multiplied in the order they have, and not sorted by slice count; pure.
+
+    A tile that holds all tokens has all counts in any order. Of tiles that are multiplied at the same time, the one of
+    most slices is done last in any order. It takes longer where its tokens are less alike; of few columns hardly longer
+    than sorting, which wants counts from a launch before.
+
+    Args:
+        tokens: T.
+        blocks: Blocks of `ROWS` output rows that the weights have.
+        k: Input columns.
+        tile: What `tile_of` said.
+    """
+    tiles = math.ceil(tokens / tile.tokens)
+    if tiles == 1:
+        return True
+    return k <= _SHORT_ROWS and tokens <= PREFILL_TOKENS and tiles * blocks <= MULTIPROCESSORS
 
 
 def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile, ...]:

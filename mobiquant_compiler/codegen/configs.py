@@ -250,7 +250,7 @@ def kernel_spec(
             prefetch=0 if not overlap else prefetched(weight, n, k, tokens) if mma else k if hidden else 0,
             max_registers=0 if emulate else tile.max_registers,
             sorted_rows=sorted_rows and family is Family.DEQUANTIZE,
-            emulate=emulate and (mma or hidden > 0 or (first and token_rows)),
+            emulate=emulate and (mma or hidden > 0),
         )
         for tile in tiles
     )

@@ -1,4 +1,4 @@
-"""Launches kernels handed to it: shapes, scratch memory and grids; only making new `marks` waits for the device.
+"""Launches kernels handed to it: shapes, scratch memory and grids; nothing waits for the device.
 
 Everything here can be captured into a CUDA graph: sizes follow from shapes, what depends on data is read by kernels.
 Device-agnostic: in Triton's interpreter the same functions run on CPU tensors.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler.errors import TooManyRows
-from mobiquant_compiler.runtime.marks import MOST_TOKENS, marks_for
 from mobiquant_compiler.spec import MULTIPROCESSORS, REGISTERS, Activation, Family, KernelSpec
 
 log = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ class Prepared:
         columns: K, columns before padding.
         dtype: Of the activations, and so of the outputs.
         sums: Sums of the integers, int32 [groups, 8 blocks], where tokens are rows; None where they are not.
-        placed: Slice counts of rows and which token each is, int32 [2, T]: tokens of most slices come first, of every
-            64; None where tokens are no rows.
+        placed: Slice counts of rows and which token each is, int32 [2, T]; None where tokens are no rows. Those of most
+            slices come first, of every 64, where counts were given; else tokens keep their order.
     """
 
     counts: Tensor
@@ -149,8 +148,7 @@ def prepare(
     """Launch route_quantize: `reference.route`, activations in fixed point, or both.
 
     Args:
-        kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors. With ``route`` and
-            ``token_rows`` it takes 64 tokens at most.
+        kernel: route_quantize; without ``route`` it takes `counts`, with it the router's tensors.
         x: [..., K].
         router: energy float32 [K], gain float32 [E - 1]; of a trained router also its network, float16 (see
             `reference.mlp_scores`), of as many hidden units as the kernel has.
@@ -161,12 +159,12 @@ def prepare(
     """
     spec, tokens, columns = kernel.spec, token_count(x), x.shape[-1]
     groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
+    placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
     if counts is None:
-        counts = torch.empty(tokens, dtype=torch.int32, device=x.device)
+        counts = torch.empty(tokens, dtype=torch.int32, device=x.device) if placed is None else placed[0]
     high, low, sums = _scratch(spec, blocks, x.device)
     affine = torch.empty(groups if spec.quantize else 0, blocks * 8, 2, dtype=torch.float32, device=x.device)
     shape, flat = tuple(x.shape[:-1]), counts.reshape(-1).contiguous()
-    placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
     low_only = low[:0] if spec.token_rows else low
     prepared = Prepared(flat, high, low_only, affine, shape, columns, x.dtype, sums, placed)
     if tokens:
@@ -185,7 +183,6 @@ def prepare(
                 hist_ptr=hist,
                 mask_ptr=mask,
                 counts_ptr=prepared.counts,
-                marks_ptr=marks_for(x.device) if spec.waits else None,
                 high_ptr=high.view(torch.int32),
                 low_ptr=low.view(torch.int32),
                 affine_ptr=affine,
@@ -200,10 +197,7 @@ def prepare(
 def _grid_of_tokens(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
     """Return the grid of route_quantize."""
     programs = int(spec.route) + (ceil_div(spec.k, spec.block_w) if spec.quantize else 0)
-    if not spec.waits:
-        return (tokens if spec.quantize else ceil_div(tokens, spec.block_m), programs)
-    assert tokens <= MOST_TOKENS, "more tokens than marks: they are routed before"
-    return (tokens * programs,)
+    return (tokens if spec.quantize else ceil_div(tokens, spec.block_m), programs)
 
 
 def _scratch(spec: KernelSpec, blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobiquant_compiler import kernels, wiring
+from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.batch_configs import ROWS, BatchTile
 from mobiquant_compiler.kernels import prepare_kernel, target_of
 from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import Activation, SliceSpec
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
+from mobiquant_compiler.wiring import Order
 from tests.kernel_cases import EVEN_K, UNEVEN_K, Case, integer_case, random_case, spec_id
+from tests.network_cases import integer_network
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +57,7 @@ def by_rows(cases: Sequence[Case], tile: BatchTile, activation: Activation = Act
 
 def by_lanes(case: Case, activation: Activation = Activation.A16) -> Tensor:
     """Multiply by sliced_mma."""
-    assert not wiring.takes_rows(case.x, [weight_of(case)], case.spec), "programs are few"
+    assert wiring.order_of(case.x, [weight_of(case)], case.spec) is Order.LANES, "programs are few"
     facts = (case.spec, activation)
     return wiring.by_integers(case.x, case.counts, [weight_of(case)], *facts)[0]
 
@@ -95,18 +97,55 @@ def test_siblings_in_one_launch(rows: tuple[int, ...], tile: BatchTile) -> None:
         assert torch.equal(y, case.expected(torch.float32))
 
 
+def last_rows(case: Case, count: int) -> Case:
+    """Return a case of the last output rows of a weight."""
+    n = case.scale.shape[0]
+    slices = case.slices.view(case.spec.num_slices, n, -1)[:, n - count :].reshape(-1, count, case.slices.shape[-1])
+    own = {name: getattr(case, name)[n - count :] for name in ("scale", "zero", "bias")}
+    return replace(case, slices=slices.contiguous(), **own)
+
+
 @pytest.mark.parametrize("tokens", [9, 17, 64, 100])
 def test_ops_take_it_where_programs_are_many(tokens: int) -> None:
     n = 220 * ROWS
     case = random_case(FOUR, tokens, n, 256, dtype=torch.bfloat16, device=WHERE)
-    assert wiring.takes_rows(case.x, [weight_of(case)], case.spec)
+    assert wiring.order_of(case.x, [weight_of(case)], case.spec) is (Order.ROWS if tokens <= 32 else Order.SORTED)
     whole = wiring.by_integers(case.x, case.counts, [weight_of(case)], case.spec, Activation.A16)[0]
-    rows = slice(n - 150, n)
-    slices = case.slices.view(4, n, -1)[:, rows].reshape(8, 150, -1).contiguous()
-    part = replace(case, slices=slices, scale=case.scale[rows], zero=case.zero[rows], bias=case.bias[rows])
-    assert torch.equal(whole[:, rows], by_lanes(part))
+    assert torch.equal(whole[:, -150:], by_lanes(last_rows(case, 150)))
     one = wiring.by_integers(case.x[3:4], case.counts[3:4], [weight_of(case)], case.spec, Activation.A16)[0]
     assert torch.equal(whole[3], one[0]), "a token alone has the same bits"
+
+
+@pytest.mark.parametrize("hidden", [0, 12])
+@pytest.mark.parametrize(("n", "k"), [(220 * ROWS, 4096), (64 * ROWS, 4096), (220 * ROWS, 14336)])
+def test_what_was_routed_has_the_bits_of_lanes(n: int, k: int, hidden: int) -> None:
+    """In the order that tokens have, of one tile and of several, and sorted; eagerly and in a graph."""
+    torch.use_deterministic_algorithms(False)  # filling would be captured too
+    case = random_case(FOUR, 64, n, k, dtype=torch.bfloat16, device=WHERE)
+    router = integer_network(k, 4, max(hidden, 1), device=WHERE)
+    router, kind = (router, "mlp") if hidden else (router[:2], "energy")
+    mask, few, orders = torch.zeros(1, dtype=torch.int32, device=WHERE), last_rows(case, 150), set()
+    for tokens in (9, 16, 17, 32, 33, 64):
+        x = case.x[:tokens]
+        scores = (reference.mlp_scores if hidden else reference.energy_scores)(x, router)
+        limits = torch.quantile(scores, torch.tensor([0.3, 0.5, 0.8], device=WHERE), dim=0).diagonal()
+        orders.add(wiring.order_of(x, [weight_of(case)], FOUR))
+        hist = torch.zeros(4, dtype=torch.int64, device=WHERE)
+        counts = wiring.route(x, router, limits, hist, mask, kind)
+        assert tokens == 9 or int((hist > 0).sum()) > 1, "counts differ"
+        routing = (x, router, limits, hist, mask, kind)
+        weight = [[part] for part in case.arguments[2:]]
+        facts = (FOUR, Activation.A16, Prefill.ROUTED)
+        (eager,) = wiring.elastic_linears(*routing, *weight, *facts)
+        wanted = by_lanes(replace(few, x=x, counts=counts))
+        assert torch.equal(eager[:, -150:], wanted), f"{tokens} tokens"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (captured,) = wiring.elastic_linears(*routing, *weight, *facts)
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured[:, -150:], wanted), f"{tokens} tokens, captured"
+    assert orders == ({Order.ROWS} if n == 64 * ROWS else {Order.ROWS, Order.SORTED})
 
 
 def test_a_token_that_is_not_finite_spoils_no_other() -> None:

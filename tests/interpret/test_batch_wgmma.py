@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mobiquant_compiler import reference
 from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
 from mobiquant_compiler.codegen.configs import Target
 from mobiquant_compiler.kernels import prepare_kernel
@@ -69,6 +70,21 @@ def test_counts_outside_of_the_slices_are_the_nearest() -> None:
     case.counts.copy_(torch.arange(17) - 5)
     near = replace(case, counts=case.counts.clamp(1, 4))
     assert torch.equal(run([case], TILES[1])[0], near.expected(torch.float32))
+
+
+@each_tile
+@pytest.mark.parametrize("tokens", [9, 33])
+def test_tokens_that_were_routed_keep_their_order(tokens: int, tile: BatchTile) -> None:
+    case = integer_case(SliceSpec(group=64), tokens, 64, 640)
+    scores = reference.energy_scores(case.x, (torch.ones(640), torch.ones(3)))
+    limits = torch.quantile(scores, torch.tensor([0.3, 0.5, 0.8]), dim=0).diagonal()
+    hist, mask = torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    route = prepare_kernel(case.spec, 640, Target.of(80), Activation.A16, route=True, quantize=True, token_rows=True)
+    prepared = launch.prepare(route, case.x, (torch.ones(640), torch.ones(3)), limits, hist, mask)
+    assert int((hist > 0).sum()) == 4
+    kernel = Emulated(batch_spec(case.spec, 640, H100, tile=tile, has_bias=case.bias is not None))
+    (found,) = launch.multiply(kernel, prepared, [Weight(*case.arguments[2:])])
+    assert torch.equal(found, replace(case, counts=prepared.counts).expected(torch.float32))
 
 
 @each_tile

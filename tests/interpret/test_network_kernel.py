@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mobiquant_compiler import reference, wiring
-from mobiquant_compiler.runtime.marks import MOST_TOKENS
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, SliceSpec
 from tests.network_cases import INF, WAYS, apart, integer_network, random_network, score_of, scores64, turns_at
 from tests.tolerances import NETWORK_SCORES
@@ -31,10 +30,10 @@ def both(x: Tensor, router: list[Tensor], thresholds: Tensor, mask: Tensor = NO_
     quantized = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8)
     assert torch.equal(quantized.counts, wanted.flatten()), "with activations in fixed point by the way"
     assert torch.equal(again, wanted_hist)
-    if quantized.tokens <= MOST_TOKENS:
-        rows = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8, token_rows=True)
-        assert rows.placed is not None
-        assert torch.equal(rows.placed[0], wanted.flatten()[rows.placed[1].long()]), "placed by what was just chosen"
+    rows = wiring.prepare(x, router, thresholds, again, mask, spec, Activation.A8, token_rows=True)
+    assert rows.placed is not None
+    assert torch.equal(rows.placed[0], wanted.flatten())
+    assert rows.placed[1].tolist() == list(range(rows.tokens)), "tokens keep their order"
 
 
 @given(

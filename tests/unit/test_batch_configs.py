@@ -12,6 +12,7 @@ from mobiquant_compiler.codegen.batch_configs import (
     BatchTile,
     batch_spec,
     blocks_of,
+    keeps_order,
     takes_slices,
     tile_of,
     tiles_of,
@@ -59,6 +60,28 @@ SMALL, SHARED_SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(16, 2), BatchTi
 )
 def test_who_serves_a_call(tokens: int, n: int, k: int, tile: BatchTile | None) -> None:
     assert tile_of(tokens, blocks_of([n]), k) == tile
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "kept"),
+    [
+        (9, 28672, 28672, True),  # one tile has all counts in any order
+        (16, 14336, 4096, True),
+        (32, 28672, 8192, True),
+        (33, 28672, 8192, False),
+        (33, 14336, 4096, False),
+        (17, 4096, 4096, True),  # tiles of 16 that are multiplied at the same time
+        (17, 4096, 8192, False),  # which takes long where tokens are unlike
+        (64, 4096, 4096, True),
+        (64, 4224, 4096, True),
+        (64, 4288, 4096, False),
+        (65, 1024, 4096, False),  # long calls have kernels of their own that route
+    ],
+)
+def test_who_sorts_tokens(tokens: int, n: int, k: int, kept: bool) -> None:
+    tile = tile_of(tokens, blocks_of([n]), k)
+    assert tile is not None
+    assert keeps_order(tokens, blocks_of([n]), k, tile) == kept
 
 
 def test_rows_of_several_weights_fill_blocks_of_their_own() -> None:

@@ -21,6 +21,7 @@ from linear_ours import Case, cases, counts_of, traffic
 from linear_timing import Sample, WrongResult, check, copies_for
 
 from mobiquant_compiler import reference
+from mobiquant_compiler.wiring import Order
 from tests import linear_results
 
 CPU = torch.device("cpu")
@@ -31,22 +32,31 @@ class Wiring:
 
     wrong = 0.0
 
-    def takes_rows(self, x, weights, spec):
-        return 9 <= x.shape[0] <= 64
+    Order = Order
 
-    def prepare(self, x, router, thresholds, hist, mask, spec, activation, *, token_rows):
-        assert token_rows == self.takes_rows(x, (), spec)
-        kind = "energy" if len(router) == 2 else "mlp"
+    def order_of(self, x, weights, spec):
+        tokens = x.shape[0]
+        return Order.LANES if tokens < 9 else Order.ROWS if tokens <= 32 else Order.SORTED
+
+    def prepare_for(self, weights, x, router, thresholds, hist, mask, kind, spec, activation):
         counts = reference.route(x, router, thresholds, hist, mask, kind)
-        return SimpleNamespace(x=x, counts=counts, rows=token_rows)
+        return self.prepared(x, counts, self.order_of(x, weights, spec))
+
+    def prepared(self, x, counts, order):
+        tokens = torch.arange(len(counts))
+        placed = None if order is Order.LANES else torch.stack((counts, tokens))
+        return SimpleNamespace(x=x, counts=counts, placed=placed, order=order)
 
     def quantize(self, x, counts, spec, activation, *, token_rows):
         assert token_rows
-        return SimpleNamespace(x=x, counts=counts, rows=True)
+        return self.prepared(x, counts, Order.SORTED)
 
-    def with_counts(self, prepared, counts):
-        assert not prepared.rows, "rows are placed by their counts"
-        return SimpleNamespace(x=prepared.x, counts=counts, rows=False)
+    def with_counts(self, prepared, counts, placed):
+        assert prepared.order is not Order.SORTED, "they lie where their counts say"
+        wanted = self.prepared(prepared.x, counts, prepared.order)
+        assert (placed is None) == (wanted.placed is None)
+        assert placed is None or torch.equal(placed, wanted.placed)
+        return wanted
 
     def multiply(self, prepared, slices, scale, zero, bias, spec, activation):
         return self.routed_linear(prepared.x, prepared.counts, slices, scale, zero, bias, spec, activation, "routed")

@@ -8,15 +8,10 @@ from mobiquant_compiler.codegen import activations, networks
 
 
 @triton.jit
-def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr, marks_ptr, TOKEN_ROWS: tl.constexpr):
-    """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there.
-
-    Where others wait for it, it is a mark for them.
-    """
+def record(count, token, tokens, masked, hist_ptr, mask_ptr, counts_ptr):
+    """Write a token's slice count, and count it unless it is padding; nothing for a token that is not there."""
     there = token < tokens
     tl.store(counts_ptr + token, count, mask=there)
-    if TOKEN_ROWS:
-        tl.atomic_xchg(marks_ptr + token, count, mask=there, sem="relaxed")
     real = tl.load(mask_ptr + 1 + token, mask=masked & there, other=1)
     tl.atomic_add(hist_ptr + count - 1, real.to(tl.int64), mask=there & (real != 0), sem="relaxed")
 
@@ -30,13 +25,11 @@ def route_token(
     hist_ptr,
     mask_ptr,
     counts_ptr,
-    marks_ptr,
     token,
     tokens,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TOKEN_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Predict the error of one token and choose its slice count.
@@ -71,8 +64,6 @@ def route_token(
         hist_ptr=hist_ptr,
         mask_ptr=mask_ptr,
         counts_ptr=counts_ptr,
-        marks_ptr=marks_ptr,
-        TOKEN_ROWS=TOKEN_ROWS,
     )
 
 
@@ -89,13 +80,11 @@ def route_by_network(
     hist_ptr,
     mask_ptr,
     counts_ptr,
-    marks_ptr,
     token,
     tokens,
     capacity,
     NUM_SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TOKEN_ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -143,8 +132,6 @@ def route_by_network(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
-            marks_ptr=marks_ptr,
-            TOKEN_ROWS=TOKEN_ROWS,
         )
 
 
@@ -167,15 +154,14 @@ def quantize_columns(
     ACTIVATION: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    EMULATE: tl.constexpr,
 ):
     """Write BLOCK_W columns of one token in fixed point.
 
     Shapes: high, low words of bytes and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times
         the sum of the integers), in the order of `activations.activation_places`, zero from COLUMNS on. With TOKEN_ROWS
-        in that of `row_places`, tokens where `place_of` says; then also sums int32 [K_PADDED / GROUP, T rounded up to
-        8] and placed int32 [2, T], the count and the token at each place. With ROUTE too counts are marks
-        int32 [65], zeros before and after: of at most 64 tokens, and how many programs have read them.
+        in that of `row_places`; then also sums int32 [K_PADDED / GROUP, T rounded up to 8] and placed int32 [2, T], the
+        count and the token at each place: where `place_of` says, or with ROUTE, as counts are not known yet, in the
+        order of the tokens, of which counts are those of placed.
     """
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
@@ -193,9 +179,10 @@ def quantize_columns(
         inside = offs_k < COLUMNS
     xi, step = activations.fixed_point(tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if TOKEN_ROWS:
-        # No sooner: what programs that route choose arrives meanwhile.
-        place, count = activations.place_of(counts_ptr, token, tokens, ROUTE, EMULATE)
-        tl.store(placed_ptr + place, count, mask=first_group == 0)
+        place = token
+        if not ROUTE:
+            place, count = activations.place_of(counts_ptr, token, tokens)
+            tl.store(placed_ptr + place, count, mask=first_group == 0)
         tl.store(placed_ptr + tokens + place, token, mask=first_group == 0)
         token = place
         places = activations.row_places(offs_g, token, blocks, GROUP, 2 if ACTIVATION == "a16" else 1)
@@ -212,8 +199,6 @@ def quantize_columns(
         tl.store(sums_ptr + offs_g.to(tl.int64) * blocks * 8 + token, total, mask=in_g)
     both = tl.join(step, (-total).to(tl.float32) * step)
     tl.store(facts[:, None] + tl.arange(0, 2)[None, :], both, mask=in_g[:, None])
-    if TOKEN_ROWS and ROUTE:
-        activations.leave_marks(counts_ptr, tl.num_programs(0) - tokens)
 
 
 @triton.jit
@@ -246,7 +231,6 @@ def begin(
         "hist_ptr",
         "mask_ptr",
         "counts_ptr",
-        "marks_ptr",
         "placed_ptr",
         "tokens",
         "capacity",
@@ -264,7 +248,6 @@ def route_quantize(
     hist_ptr,
     mask_ptr,
     counts_ptr,
-    marks_ptr,
     placed_ptr,
     high_ptr,
     low_ptr,
@@ -294,18 +277,13 @@ def route_quantize(
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
         int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
         TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
-        by a network BLOCK_M tokens, with QUANTIZE K_PADDED / BLOCK_W that write as many), rounded up, or the product.
+        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")
-    if TOKEN_ROWS and ROUTE:
-        # Programs that route wait for none and begin first (every GPU begins programs in their order, though CUDA does
-        # not promise it), so that those that wait for them cannot keep them out.
-        token, part = tl.program_id(0) % tokens, tl.program_id(0) // tokens
-    else:
-        token, part = tl.program_id(0), tl.program_id(1)
+    token, part = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         begin(
             first=token + part == 0,
@@ -329,13 +307,11 @@ def route_quantize(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
-            marks_ptr=marks_ptr,
             token=token * BLOCK_M,
             tokens=tokens,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
-            TOKEN_ROWS=TOKEN_ROWS,
             HIDDEN=HIDDEN,
             BLOCK_M=BLOCK_M,
             BLOCK_R=BLOCK_R,
@@ -351,24 +327,31 @@ def route_quantize(
             hist_ptr=hist_ptr,
             mask_ptr=mask_ptr,
             counts_ptr=counts_ptr,
-            marks_ptr=marks_ptr,
             token=token,
             tokens=tokens,
             capacity=capacity,
             NUM_SLICES=NUM_SLICES,
             COLUMNS=COLUMNS,
-            TOKEN_ROWS=TOKEN_ROWS,
             BLOCK_R=BLOCK_R,
         )
     part -= 1 if ROUTE else 0
     if QUANTIZE and part >= 0:
-        # What it reads, what it writes, where, and what it is made for.
-        # fmt: off
         quantize_columns(
-            x_ptr=x_ptr, counts_ptr=marks_ptr if TOKEN_ROWS and ROUTE else counts_ptr,
-            placed_ptr=placed_ptr, high_ptr=high_ptr, low_ptr=low_ptr, affine_ptr=affine_ptr, sums_ptr=sums_ptr,
-            first_group=part * (BLOCK_W // GROUP), token=token, tokens=tokens,
-            ROUTE=ROUTE, GROUP=GROUP, K_PADDED=K_PADDED, COLUMNS=COLUMNS, ACTIVATION=ACTIVATION, TOKEN_ROWS=TOKEN_ROWS,
-            BLOCK_W=BLOCK_W, EMULATE=EMULATE,
+            x_ptr=x_ptr,
+            counts_ptr=counts_ptr,
+            placed_ptr=placed_ptr,
+            high_ptr=high_ptr,
+            low_ptr=low_ptr,
+            affine_ptr=affine_ptr,
+            sums_ptr=sums_ptr,
+            first_group=part * (BLOCK_W // GROUP),
+            token=token,
+            tokens=tokens,
+            ROUTE=ROUTE,
+            GROUP=GROUP,
+            K_PADDED=K_PADDED,
+            COLUMNS=COLUMNS,
+            ACTIVATION=ACTIVATION,
+            TOKEN_ROWS=TOKEN_ROWS,
+            BLOCK_W=BLOCK_W,
         )
-        # fmt: on
