@@ -207,19 +207,22 @@ class Benchmark:
         return row
 
     def _prepare(self, group: Group, x: torch.Tensor) -> None:
-        """Measure route and quantize alone, once for each number of columns, and how much of it a chain hides.
+        """Measure route and quantize alone, once for each number of columns and order, and how much a chain hides.
 
         ``trained_us`` is the same with a trained router of `TRAINED_WIDTH` hidden units.
         """
         n, k, tokens = group
-        if tokens not in PREPARE_TOKENS or any((e["k"], e["tokens"]) == (k, tokens) for e in self.prepare):
+        if tokens not in PREPARE_TOKENS:
             return
         weights, error = self._build("slice_major", n, k)
+        order = None if weights is None else weights.order_of(x)
+        if any((e["k"], e["tokens"], e["order"]) == (k, tokens, order) for e in self.prepare):
+            return
         timing = trained = None
         if weights is not None:
             found, error = attempt(("prepare", group), measure_prepare, weights, x)
             timing, trained = found or (None, None)
-        entry = {"k": k, "tokens": tokens, "time_us": timing and round(timing.median_us, 3), "n": n}
+        entry = {"k": k, "tokens": tokens, "order": order, "time_us": timing and round(timing.median_us, 3), "n": n}
         entry |= {"trained_us": trained and round(trained.median_us, 3), "trained_width": TRAINED_WIDTH}
         same = linear_summary.find(self.rows, n=n, k=k, tokens=tokens, slices=2, counts="uniform", activation="a16")
         times = [(r["total_us"], r["time_us"]) for r in same if r["layout"] == "slice_major" and r["time_us"]]

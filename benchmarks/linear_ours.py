@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -107,6 +107,10 @@ class Weights:
         """Return as many copies as it takes to find none cached when `slices` of each are read."""
         return self.copies[: self._needed(slices)]
 
+    def order_of(self, x: Tensor) -> wiring.Order:
+        """Return how tokens lie that are routed for it."""
+        return wiring.order_of(x, [Weight(*self.copies[0], None)], self.spec)
+
     def prepare(
         self, x: Tensor, case: Case, *, counts: Tensor | None = None, trained: bool = False
     ) -> Callable[[], Any]:
@@ -114,17 +118,17 @@ class Weights:
 
         Its thresholds give every token `case.slices`; `counts` take the place of what it chose.
         """
-        order = torch.arange(1, self.spec.num_slices, device=self.device)
-        thresholds = torch.where(order < case.slices, -torch.inf, torch.inf)
+        numbers = torch.arange(1, self.spec.num_slices, device=self.device)
+        thresholds = torch.where(numbers < case.slices, -torch.inf, torch.inf)
         activation = Activation(case.activation)
         router = (*self.router, *self.network) if trained else self.router
         weights = [Weight(*self.copies[0], None)]
         routing = (x, router, thresholds, self.hist, self.mask, "mlp" if trained else "energy")
 
-        order = wiring.order_of(x, weights, self.spec)
+        order = self.order_of(x)
         given = placed = None
         if counts is not None and order is wiring.Order.SORTED:
-            # They lie where their counts say: those of given counts are quantized before, beside what is timed.
+            # Sorted rows lie where their counts say. What is timed routes and sorts too, but these are multiplied.
             given = wiring.quantize(x, counts, self.spec, activation, token_rows=True)
         elif counts is not None and order is wiring.Order.ROWS:
             placed = torch.stack((counts, torch.arange(len(counts), dtype=torch.int32, device=self.device)))
@@ -133,7 +137,7 @@ class Weights:
             found = wiring.prepare_for(weights, *routing, self.spec, activation)
             if counts is None:
                 return found
-            return wiring.with_counts(found, counts, placed) if given is None else given
+            return replace(found, counts=counts, placed=placed) if given is None else given
 
         return prepared
 

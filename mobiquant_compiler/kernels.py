@@ -144,6 +144,13 @@ def batch_tiles(
     return batch_configs.tiles_of(tokens, n, k, parts) if _has_batch_kernel(spec, target) else ()
 
 
+def batch_routes_rows(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, k: int, parts: int) -> bool:
+    """Say whether calls of a class of token counts can want rows from the kernel that routes."""
+    from mobiquant_compiler.codegen import batch_configs
+
+    return _has_batch_kernel(spec, target) and batch_configs.keeps_any_order(tokens, n, k, parts)
+
+
 @lru_cache(maxsize=1024)
 def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ...], k: int) -> BatchTile | None:
     """Return the tile of a call of batch_wgmma, which wants tokens as rows; None where lanes load them.
@@ -163,11 +170,11 @@ def batch_tile(spec: SliceSpec, target: Target, tokens: int, rows: tuple[int, ..
 
 
 @lru_cache(maxsize=1024)
-def batch_keeps_order(tile: BatchTile, tokens: int, rows: tuple[int, ...], k: int) -> bool:
-    """Say whether tokens of a call of batch_wgmma keep their order; else they are sorted by slice count."""
+def batch_keeps_order(tokens: int, rows: tuple[int, ...], k: int) -> bool:
+    """Say whether tokens that are routed for batch_wgmma keep their order; arguments of `batch_tile`, which has one."""
     from mobiquant_compiler.codegen import batch_configs
 
-    return batch_configs.keeps_order(tokens, batch_configs.blocks_of(rows), k, tile)
+    return batch_configs.keeps_order(tokens, batch_configs.blocks_of(rows), k)
 
 
 @cache

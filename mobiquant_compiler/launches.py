@@ -247,7 +247,8 @@ def _batch_kernels(launch: Launch, target: Target, tokens: Sequence[TokenClass])
     if not tiles:
         return
     facts = {"activation": launch.activation, "token_rows": True, "hidden": launch.hidden}
-    for route in (True, False):
+    routed = any(batch_configs.keeps_any_order(count, launch.n, k, launch.parts) for count in tokens)
+    for route in (True, False) if routed else (False,):
         yield kernel_spec(Family.ROUTE_QUANTIZE, spec, k, TokenClass.ONE, target, route=route, **facts)
     for unit in launch.row_units:
         for tile in tiles:

@@ -120,17 +120,20 @@ def _warm_batches(
     from mobiquant_compiler.codegen.configs import TokenClass
 
     k, target = x.shape[-1], target_of(x.device)
-    tiles = kernels.batch_tiles(spec, target, TokenClass.of(x.shape[0]), n, k, len(weights))
+    calls = (spec, target, TokenClass.of(x.shape[0]), n, k, len(weights))
+    tiles = kernels.batch_tiles(*calls)
     if not tiles:
         return 0
     prepared = quantize(x, counts, spec, activation, token_rows=True)
-    prepare(x, *routing, spec, activation, token_rows=True)
+    routed = x.shape[0] <= PREFILL_TOKENS and kernels.batch_routes_rows(*calls)
+    if routed:
+        prepare(x, *routing, spec, activation, token_rows=True)
     facts = {"has_bias": weights[0].bias is not None, "parts": len(weights)}
     for unit in units:
         for tile in tiles:
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
             launch.multiply(kernel, prepared, [_of_rows(weight, unit, spec, k) for weight in weights])
-    return 2 + len(tiles) * len(units)
+    return 1 + routed + len(tiles) * len(units)
 
 
 def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:

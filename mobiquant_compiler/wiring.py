@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from mobiquant_compiler.codegen.crossover import Crossover
 
 
-def with_counts(prepared: Prepared, counts: Tensor, placed: Tensor | None = None) -> Prepared:
-    """Return prepared tokens in their order with other slice counts, int32 [T]; rows with other `placed` too."""
-    assert (prepared.placed is None) == (placed is None), "rows have counts there, and lanes have no rows"
-    return replace(prepared, counts=counts, placed=placed)
+def with_counts(prepared: Prepared, counts: Tensor) -> Prepared:
+    """Return prepared tokens, no rows, with other slice counts, int32 [T]."""
+    assert prepared.placed is None, "rows have their counts in the order in which they lie"
+    return replace(prepared, counts=counts)
 
 
 def multiply(
@@ -56,22 +56,25 @@ def multiply(
 
 
 class Order(StrEnum):
-    """How tokens lie where they are multiplied."""
+    """How tokens that are routed lie where they are multiplied."""
 
-    LANES = auto()  # as lanes load them, in their order
-    ROWS = auto()  # as rows, for batch_wgmma, in their order
+    LANES = auto()  # as lanes load them, in the order they have
+    ROWS = auto()  # as rows, for batch_wgmma, in the order they have
     SORTED = auto()  # as rows, those of most slices first
 
 
 def order_of(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> Order:
-    """Return how tokens [..., K] are quantized for weights: by shapes, dtypes and device alone."""
-    tokens, rows = launch.token_count(x), tuple(weight.rows for weight in weights)
-    if tokens < BATCH_TOKENS or not _share_launch(weights):
+    """Return how tokens [..., K] are quantized for weights, by shapes, dtypes and device alone.
+
+    That is where they are routed too. Those of given counts are sorted wherever they are rows.
+    """
+    tokens, k = launch.token_count(x), x.shape[-1]
+    if tokens < BATCH_TOKENS:
         return Order.LANES
-    tile = kernels.batch_tile(spec, target_of(x.device), tokens, rows, x.shape[-1])
-    if tile is None:
+    rows = tuple(weight.rows for weight in weights)
+    if kernels.batch_tile(spec, target_of(x.device), tokens, rows, k) is None or not _share_launch(weights):
         return Order.LANES
-    return Order.ROWS if kernels.batch_keeps_order(tile, tokens, rows, x.shape[-1]) else Order.SORTED
+    return Order.ROWS if kernels.batch_keeps_order(tokens, rows, k) else Order.SORTED
 
 
 def _share_launch(weights: Sequence[Weight]) -> bool:
@@ -193,7 +196,7 @@ def prepare_for(
     spec: SliceSpec,
     activation: Activation = Activation.A16,
 ) -> Prepared:
-    """Route and quantize tokens for weights: in one launch, unless they are sorted by what was chosen in another."""
+    """Route and quantize tokens for weights: in one launch, or in two where they are sorted by what the first chose."""
     order = order_of(x, weights, spec)
     if order is Order.SORTED:
         counts = route(x, router, thresholds, hist, mask, kind)
@@ -281,7 +284,7 @@ def elastic_linears(
     activation: Activation,
     prefill: Prefill,
 ) -> list[Tensor]:
-    """`reference.elastic_linears`: on the integer path one launch to route and quantize, one to multiply."""
+    """`reference.elastic_linears`: on the integer path by `prepare_for` and a launch to multiply."""
     n = max(weight.shape[1] for weight in slices)
     if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
         counts = route(x, router, thresholds, hist, mask, kind, prefill)

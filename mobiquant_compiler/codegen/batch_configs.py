@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, choose
 from mobiquant_compiler.spec import (
@@ -80,23 +81,34 @@ def tile_of(tokens: int, blocks: int, k: int) -> BatchTile | None:
     return BatchTile(size, 1 if shared else 2)
 
 
-def keeps_order(tokens: int, blocks: int, k: int, tile: BatchTile) -> bool:
-    """Say whether the tokens of a call are multiplied in the order they have, and not sorted by slice count; pure.
+def keeps_order(tokens: int, blocks: int, k: int) -> bool:
+    """Say whether a call's tokens stay in their order where they are routed, instead of sorted by slice count; pure.
 
-    A tile that holds all tokens has all counts in any order. Of tiles that are multiplied at the same time, the one of
-    most slices is done last in any order. It takes longer where its tokens are less alike; of few columns hardly longer
-    than sorting, which wants counts from a launch before.
+    Sorting takes a launch more, since counts must be known before. A tile that holds all tokens has all counts in any
+    order. Where all tiles are multiplied at the same time, the one of most slices is done last in any order; unsorted
+    ones have more counts each and take longer, with few columns by less than a launch.
 
     Args:
-        tokens: T.
-        blocks: Blocks of `ROWS` output rows that the weights have.
+        tokens: T, up to `PREFILL_TOKENS` unless they are sorted: kernels that route more do not write rows.
+        blocks: Blocks of `ROWS` output rows that the weights have; of calls that have a tile (`tile_of`).
         k: Input columns.
-        tile: What `tile_of` said.
     """
+    tile = tile_of(tokens, blocks, k)
+    assert tile is not None, "lanes have no other order"
     tiles = math.ceil(tokens / tile.tokens)
     if tiles == 1:
         return True
     return k <= _SHORT_ROWS and tokens <= PREFILL_TOKENS and tiles * blocks <= MULTIPROCESSORS
+
+
+def _calls_of(tokens: TokenClass, n: int, k: int, parts: int) -> Iterator[tuple[int, int, BatchTile]]:
+    """Yield token counts of a class, blocks and tile of calls of every kind that has a tile."""
+    most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (MULTIPROCESSORS + 1)}.get(tokens, 0)
+    least = math.ceil(n / ROWS)
+    for count, blocks in product(range(tokens.sample, most + 1, _SMALL), range(least, least + parts)):
+        tile = tile_of(count, blocks, k)
+        if tile is not None:
+            yield count, blocks, tile
 
 
 def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile, ...]:
@@ -108,11 +120,13 @@ def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile,
         k: Input columns.
         parts: Weights.
     """
-    most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (MULTIPROCESSORS + 1)}.get(tokens, 0)
-    counts = range(tokens.sample, most + 1, _SMALL)
-    least = math.ceil(n / ROWS)
-    found = {tile_of(count, blocks, k) for count in counts for blocks in range(least, least + parts)}
-    return tuple(sorted((tile for tile in found if tile is not None), key=lambda tile: (tile.tokens, tile.consumers)))
+    found = {tile for _, _, tile in _calls_of(tokens, n, k, parts)}
+    return tuple(sorted(found, key=lambda tile: (tile.tokens, tile.consumers)))
+
+
+def keeps_any_order(tokens: TokenClass, n: int, k: int, parts: int) -> bool:
+    """Say whether `keeps_order` holds for any call of a class of token counts; arguments of `tiles_of`."""
+    return any(keeps_order(count, blocks, k) for count, blocks, _ in _calls_of(tokens, n, k, parts))
 
 
 def batch_spec(

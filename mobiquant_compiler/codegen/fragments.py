@@ -85,7 +85,7 @@ def end_program(uniform):
 
 @triton.jit
 def begin_next(when):
-    """Let the next kernel begin, as far as this program goes (sm_90), where it is true; one thread speaks for all."""
+    """Let the next kernel begin, as far as this program goes (sm_90), if `when` is true in any of its threads."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $1, 0; mov.b32 $0, 0; @p griddepcontrol.launch_dependents; }",
         "=r,r",

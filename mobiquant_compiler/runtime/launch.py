@@ -158,6 +158,7 @@ def prepare(
         counts: int32 [...], slice counts that are known already.
     """
     spec, tokens, columns = kernel.spec, token_count(x), x.shape[-1]
+    assert spec.route == (counts is None), "counts are chosen, or given"
     groups, blocks = spec.k // spec.group, ceil_div(tokens, 8)
     placed = torch.empty(2, tokens, dtype=torch.int32, device=x.device) if spec.token_rows else None
     if counts is None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import mobiquant_compiler as mq
 from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.batch_configs import ROWS, BatchTile
 from mobiquant_compiler.kernels import prepare_kernel, target_of
@@ -136,6 +137,7 @@ def test_what_was_routed_has_the_bits_of_lanes(n: int, k: int, hidden: int) -> N
         routing = (x, router, limits, hist, mask, kind)
         weight = [[part] for part in case.arguments[2:]]
         facts = (FOUR, Activation.A16, Prefill.ROUTED)
+        once = hist.clone()
         (eager,) = wiring.elastic_linears(*routing, *weight, *facts)
         wanted = by_lanes(replace(few, x=x, counts=counts))
         assert torch.equal(eager[:, -150:], wanted), f"{tokens} tokens"
@@ -145,7 +147,23 @@ def test_what_was_routed_has_the_bits_of_lanes(n: int, k: int, hidden: int) -> N
         captured.fill_(float("nan"))
         graph.replay()
         assert torch.equal(captured[:, -150:], wanted), f"{tokens} tokens, captured"
+        assert torch.equal(hist, 3 * once), "counted once a call"
     assert orders == {Order.ROWS, Order.LANES if n == 64 * ROWS else Order.SORTED}
+
+
+@pytest.mark.parametrize("tokens", [17, 64])
+def test_calls_in_graphs_that_torch_makes(tokens: int) -> None:
+    """Before it captures, torch calls with memory of its graphs' pool, and fails where anybody keeps some."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 4096), nn.SiLU(), nn.Linear(4096, 4096)).to(WHERE, torch.bfloat16)
+    mq.quantize_(model.eval().requires_grad_(False), budget=5)
+    x = torch.randn(tokens, 256, dtype=torch.bfloat16, device=WHERE)
+    wanted = model(x)
+    compiled = torch.compile(model, backend="mobiquant", mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_a_token_that_is_not_finite_spoils_no_other() -> None:

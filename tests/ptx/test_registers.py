@@ -141,10 +141,15 @@ def test_each_body_of_resident_mma_ends_the_program() -> None:
     assert len(re.findall(r"\bexit;", ptx)) == 2 * 7
 
 
-def test_programs_of_resident_mma_let_the_next_kernel_begin_at_their_last_tile() -> None:
+def test_programs_of_resident_mma_let_the_next_kernel_begin_behind_products_of_a_last_tile() -> None:
     ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
-    order = re.findall(r"(@p griddepcontrol\.launch_dependents|griddepcontrol\.\w+)", ptx)
-    assert order == ["griddepcontrol.wait"] + ["@p griddepcontrol.launch_dependents"] * 7, "one a body"
+    order = re.findall(r"mma\.sync|st\.global|(?:@p )?griddepcontrol\.\w+", ptx)
+    assert order[0] == "griddepcontrol.wait"
+    signals = [at for at, name in enumerate(order) if name == "@p griddepcontrol.launch_dependents"]
+    assert len(signals) == 7, "one a body, if there is no next tile"
+    assert len(signals) == sum("griddepcontrol.launch" in name for name in order)
+    for at in signals:
+        assert (order[at - 1], order[at + 1]) == ("mma.sync", "st.global")
 
 
 @pytest.mark.parametrize("parts", [1, 3])

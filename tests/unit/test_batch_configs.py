@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mobiquant_compiler import kernels, warming
 from mobiquant_compiler.codegen import boxes, specialise
 from mobiquant_compiler.codegen.batch_configs import (
     BatchTile,
@@ -20,7 +21,9 @@ from mobiquant_compiler.codegen.batch_configs import (
 from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, shared_bytes
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.launches import Launch, kernels_of
-from mobiquant_compiler.spec import Activation, Family, Layout, SliceSpec
+from mobiquant_compiler.runtime import launch
+from mobiquant_compiler.runtime.launch import Weight
+from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Family, Layout, SliceSpec
 
 H100 = Target.of(90)
 SMALL, SHARED_SMALL, LARGE, SHARED = BatchTile(16, 1), BatchTile(16, 2), BatchTile(32, 1), BatchTile(32, 2)
@@ -79,9 +82,7 @@ def test_who_serves_a_call(tokens: int, n: int, k: int, tile: BatchTile | None) 
     ],
 )
 def test_who_sorts_tokens(tokens: int, n: int, k: int, kept: bool) -> None:
-    tile = tile_of(tokens, blocks_of([n]), k)
-    assert tile is not None
-    assert keeps_order(tokens, blocks_of([n]), k, tile) == kept
+    assert keeps_order(tokens, blocks_of([n]), k) == kept
 
 
 def test_rows_of_several_weights_fill_blocks_of_their_own() -> None:
@@ -154,21 +155,53 @@ def test_older_multiprocessors_have_no_room_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "cc", "parts", "n", "batches"),
+    ("spec", "cc", "parts", "n", "k", "batches", "quantizing"),
     [
-        (SliceSpec(), 90, 1, 4096, 3),
-        (SliceSpec(), 90, 1, 14336, 2),  # of 16 tokens and of 32: always more programs than multiprocessors
-        (SliceSpec(), 90, 3, 6144, 6),  # rows may be a multiple of eight, or not
-        (SliceSpec(), 100, 1, 4096, 0),
-        (SliceSpec((4, 2)), 90, 1, 4096, 0),
-        (SliceSpec(group=32), 90, 1, 4096, 0),
+        (SliceSpec(), 90, 1, 4096, 4096, 3, 2),
+        (SliceSpec(), 90, 1, 4096, 14336, 3, 1),  # lanes take what one tile would hold: all rows are sorted
+        (SliceSpec(), 90, 1, 14336, 4096, 2, 2),  # of 16 tokens and of 32: always more programs than multiprocessors
+        (SliceSpec(), 90, 3, 6144, 4096, 6, 2),  # rows may be a multiple of eight, or not
+        (SliceSpec(), 100, 1, 4096, 4096, 0, 0),
+        (SliceSpec((4, 2)), 90, 1, 4096, 4096, 0, 0),
+        (SliceSpec(group=32), 90, 1, 4096, 4096, 0, 0),
     ],
     ids=str,
 )
-def test_launches_list_their_kernels(spec: SliceSpec, cc: int, parts: int, n: int, batches: int) -> None:
-    launch = Launch(spec, n, 4096, torch.device("cuda"), torch.float32, parts=parts)
+def test_launches_list_their_kernels(
+    spec: SliceSpec, cc: int, parts: int, n: int, k: int, batches: int, quantizing: int
+) -> None:
+    launch = Launch(spec, n, k, torch.device("cuda"), torch.float32, parts=parts)
     found = kernels_of(launch, Target.of(cc), list(TokenClass), workspace=False)
     assert sum(kernel.family is Family.BATCH_WGMMA for kernel in found) == batches
-    assert sum(kernel.token_rows for kernel in found) == (2 if batches else 0), "with routing, and of counts as given"
+    assert sum(kernel.token_rows for kernel in found) == quantizing, "of counts as given, and with routing"
     one = kernels_of(launch, Target.of(cc), [TokenClass.ONE], workspace=False)
     assert not any(kernel.token_rows or kernel.family is Family.BATCH_WGMMA for kernel in one)
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+@pytest.mark.parametrize("n", [100, 4096, 14336])
+@pytest.mark.parametrize("tokens", [9, 17, 65])
+def test_what_is_warmed_up_is_what_launches_list(tokens: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of tokens as rows: of calls of 17 tokens and of 65 together those of their class."""
+    ran: list[str] = []
+    monkeypatch.setattr(warming, "target_of", lambda device: H100)
+    monkeypatch.setattr(warming, "prepare", lambda *args, token_rows: ran.append("routed"))
+    monkeypatch.setattr(warming, "quantize", lambda *args, token_rows: ran.append("given"))
+    monkeypatch.setattr(kernels, "batch_kernel", lambda *args, **facts: None)
+    monkeypatch.setattr(launch, "multiply", lambda *args: ran.append("multiplied"))
+    spec, x = SliceSpec(), torch.empty(tokens, k, device="meta")
+    parts = (torch.empty(8, 1, k // 32), torch.empty(1, k // 128), torch.empty(1, k // 128), None)
+    routing = ((), x, x, x)
+    calls = ([Weight(*parts)], x, x, routing, spec, n, Activation.A16, (1,))
+    assert warming._warm_batches(*calls) == len(ran)
+    listed = kernels_of(
+        Launch(spec, n, k, torch.device("cuda"), torch.float32, row_unit=1),
+        H100,
+        [TokenClass.of(tokens)],
+        workspace=False,
+    )
+    rows = [kernel for kernel in listed if kernel.token_rows]
+    assert ran.count("given") == sum(not kernel.route for kernel in rows)
+    assert ran.count("multiplied") == sum(kernel.family is Family.BATCH_WGMMA for kernel in listed)
+    routed = sum(kernel.route for kernel in rows)
+    assert ran.count("routed") == (0 if tokens > PREFILL_TOKENS else routed)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bench_linear
@@ -19,12 +19,22 @@ import record
 import torch
 from linear_ours import Case, cases, counts_of, traffic
 from linear_timing import Sample, WrongResult, check, copies_for
+from torch import Tensor
 
 from mobiquant_compiler import reference
 from mobiquant_compiler.wiring import Order
 from tests import linear_results
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens, not quantized."""
+
+    x: Tensor
+    counts: Tensor
+    placed: Tensor | None
 
 
 class Wiring:
@@ -45,20 +55,15 @@ class Wiring:
     def prepared(self, x, counts, order):
         tokens = torch.arange(len(counts))
         placed = None if order is Order.LANES else torch.stack((counts, tokens))
-        return SimpleNamespace(x=x, counts=counts, placed=placed, order=order)
+        return Prepared(x, counts, placed)
 
     def quantize(self, x, counts, spec, activation, *, token_rows):
         assert token_rows
         return self.prepared(x, counts, Order.SORTED)
 
-    def with_counts(self, prepared, counts, placed):
-        assert prepared.order is not Order.SORTED, "they lie where their counts say"
-        wanted = self.prepared(prepared.x, counts, prepared.order)
-        assert (placed is None) == (wanted.placed is None)
-        assert placed is None or torch.equal(placed, wanted.placed)
-        return wanted
-
     def multiply(self, prepared, slices, scale, zero, bias, spec, activation):
+        if prepared.placed is not None:
+            assert torch.equal(prepared.placed[0], prepared.counts[prepared.placed[1]])
         return self.routed_linear(prepared.x, prepared.counts, slices, scale, zero, bias, spec, activation, "routed")
 
     def routed_linear(self, x, counts, slices, scale, zero, bias, spec, activation, prefill):

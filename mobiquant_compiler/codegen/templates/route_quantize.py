@@ -160,8 +160,8 @@ def quantize_columns(
     Shapes: high, low words of bytes and affine float32 [K_PADDED / GROUP, T rounded up to 8, 2] (step, minus step times
         the sum of the integers), in the order of `activations.activation_places`, zero from COLUMNS on. With TOKEN_ROWS
         in that of `row_places`; then also sums int32 [K_PADDED / GROUP, T rounded up to 8] and placed int32 [2, T], the
-        count and the token at each place: where `place_of` says, or with ROUTE, as counts are not known yet, in the
-        order of the tokens, of which counts are those of placed.
+        count and the token at each place: where `place_of` says. With ROUTE, when counts are not known yet, each token
+        is at its own place; counts are then the first row of placed, and only the second is written here.
     """
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
     tl.static_assert(ACTIVATION == "a16" or ACTIVATION == "a8", "activations have 16 or 8 bits")
@@ -275,9 +275,9 @@ def route_quantize(
     """Choose a slice count per token, count it into the histogram, and write the token in fixed point per group.
 
     Shapes: x [T, COLUMNS]; energy [COLUMNS], gain, thresholds [E - 1] float32, and a network (`route_by_network`); hist
-        int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written, or read for
-        TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one that routes,
-        by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W that write as many columns), rounded up.
+        int64 [E]; mask int32 [capacity], first how many tokens it describes; counts int32 [T], written with ROUTE, else
+        read for TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one
+        that routes, by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W of as many columns), rounded up.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
     Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
