@@ -144,6 +144,13 @@ def batch_tiles(
     return batch_configs.tiles_of(tokens, n, k, parts) if _has_batch_kernel(spec, target) else ()
 
 
+def batch_takes_all(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, k: int, parts: int) -> bool:
+    """Say whether batch_wgmma serves all calls of a class of token counts, so that no lanes multiply."""
+    from mobiquant_compiler.codegen import batch_configs
+
+    return _has_batch_kernel(spec, target) and batch_configs.takes_all(tokens, n, k, parts)
+
+
 def batch_routes_rows(spec: SliceSpec, target: Target, tokens: TokenClass, n: int, k: int, parts: int) -> bool:
     """Say whether calls of a class of token counts can want rows from the kernel that routes."""
     from mobiquant_compiler.codegen import batch_configs

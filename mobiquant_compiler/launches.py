@@ -188,7 +188,7 @@ def kernels_of(
     counts = list(tokens)
     if gluon:
         found += _batch_kernels(launch, target, counts)
-    for count in counts:
+    for count in _multiplied_by_lanes(launch, target, counts) if gluon else counts:
         own = multiply_spec(
             spec,
             k,
@@ -233,6 +233,14 @@ def binaries_of(
             bias = launch.bias_dtype if spec.has_bias else None
             found[spec, Dtypes.of(launch.x_dtype, launch.scale_dtype, bias)] = None
     return list(found)
+
+
+def _multiplied_by_lanes(launch: Launch, target: Target, tokens: Sequence[TokenClass]) -> list[TokenClass]:
+    """Return the classes of which batch_wgmma does not serve every call."""
+    from mobiquant_compiler.codegen import batch_configs
+
+    rows = batch_configs.serves(launch.spec, target)
+    return [c for c in tokens if not (rows and batch_configs.takes_all(c, launch.n, launch.k, launch.parts))]
 
 
 def _batch_kernels(launch: Launch, target: Target, tokens: Sequence[TokenClass]) -> Iterator[KernelSpec]:

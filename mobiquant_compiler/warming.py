@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,9 +92,12 @@ def _warm_call(
     routing = (router, limits, hist, mask)
     counts = route(x, *routing, kind)
     quantize(x, counts, spec, activation)
-    kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
-    launch.multiply(kernel, prepare(x, *routing, spec, activation), weights)
-    launched = 4 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
+    prepared = prepare(x, *routing, spec, activation)
+    launched = 3 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
+    if not kernels.batch_takes_all(*_class_of(weights, x, spec, n)):
+        kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
+        launch.multiply(kernel, prepared, weights)
+        launched += 1
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
@@ -117,10 +121,7 @@ def _warm_batches(
     units: Sequence[int],
 ) -> int:
     """Run the kernels of tokens as rows; returns how many."""
-    from mobiquant_compiler.codegen.configs import TokenClass
-
-    k, target = x.shape[-1], target_of(x.device)
-    calls = (spec, target, TokenClass.of(x.shape[0]), n, k, len(weights))
+    k, target, calls = x.shape[-1], target_of(x.device), _class_of(weights, x, spec, n)
     tiles = kernels.batch_tiles(*calls)
     if not tiles:
         return 0
@@ -134,6 +135,13 @@ def _warm_batches(
             kernel = kernels.batch_kernel(spec, k, target, activation, tile=tile, row_unit=unit, **facts)
             launch.multiply(kernel, prepared, [_of_rows(weight, unit, spec, k) for weight in weights])
     return 1 + routed + len(tiles) * len(units)
+
+
+def _class_of(weights: Sequence[Weight], x: Tensor, spec: SliceSpec, n: int) -> tuple[Any, ...]:
+    """Return what functions of `kernels` want to know about calls of as many tokens as `x` and their like."""
+    from mobiquant_compiler.codegen.configs import TokenClass
+
+    return spec, target_of(x.device), TokenClass.of(x.shape[0]), n, x.shape[-1], len(weights)
 
 
 def _of_rows(weight: Weight, rows: int, spec: SliceSpec, k: int) -> Weight:

@@ -72,7 +72,7 @@ def order_of(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> Order:
     if tokens < BATCH_TOKENS:
         return Order.LANES
     rows = tuple(weight.rows for weight in weights)
-    if kernels.batch_tile(spec, target_of(x.device), tokens, rows, k) is None or not _share_launch(weights):
+    if kernels.batch_tile(spec, target_of(x.device), tokens, rows, k) is None:
         return Order.LANES
     return Order.ROWS if kernels.batch_keeps_order(tokens, rows, k) else Order.SORTED
 
@@ -80,6 +80,11 @@ def order_of(x: Tensor, weights: Sequence[Weight], spec: SliceSpec) -> Order:
 def _share_launch(weights: Sequence[Weight]) -> bool:
     """Say whether one launch serves all weights."""
     return len({(w.scale.dtype, None if w.bias is None else w.bias.dtype) for w in weights}) == 1
+
+
+def _are_apart(x: Tensor, weights: Sequence[Weight]) -> bool:
+    """Say whether weights are multiplied as if each were alone, by the kernels that it then has for as many tokens."""
+    return launch.token_count(x) >= BATCH_TOKENS and not _share_launch(weights)
 
 
 def _multiply_all(
@@ -208,6 +213,8 @@ def by_integers(
     x: Tensor, counts: Tensor, weights: Sequence[Weight], spec: SliceSpec, activation: Activation
 ) -> list[Tensor]:
     """Multiply tokens of given slice counts by weights on the integer path; returns [..., N] a weight."""
+    if _are_apart(x, weights):
+        return [by_integers(x, counts, [weight], spec, activation)[0] for weight in weights]
     prepared = quantize(x, counts, spec, activation, token_rows=order_of(x, weights, spec) is not Order.LANES)
     return _multiply_all(prepared, weights, spec, activation)
 
@@ -291,6 +298,9 @@ def elastic_linears(
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
+    if _are_apart(x, weights):
+        counts = route(x, router, thresholds, hist, mask, kind, prefill)
+        return by_integers(x, counts, weights, spec, activation)
     prepared = prepare_for(weights, x, router, thresholds, hist, mask, kind, spec, activation)
     return _multiply_all(prepared, weights, spec, activation)
 

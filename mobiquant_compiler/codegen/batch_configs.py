@@ -101,14 +101,12 @@ def keeps_order(tokens: int, blocks: int, k: int) -> bool:
     return k <= _SHORT_ROWS and tokens <= PREFILL_TOKENS and tiles * blocks <= MULTIPROCESSORS
 
 
-def _calls_of(tokens: TokenClass, n: int, k: int, parts: int) -> Iterator[tuple[int, int, BatchTile]]:
-    """Yield token counts of a class, blocks and tile of calls of every kind that has a tile."""
+def _calls_of(tokens: TokenClass, n: int, k: int, parts: int) -> Iterator[tuple[int, int, BatchTile | None]]:
+    """Yield token count, blocks and tile of every kind of call of a class."""
     most = {TokenClass.SOME: _SMALL, TokenClass.MANY: _LARGE * (MULTIPROCESSORS + 1)}.get(tokens, 0)
     least = math.ceil(n / ROWS)
     for count, blocks in product(range(tokens.sample, most + 1, _SMALL), range(least, least + parts)):
-        tile = tile_of(count, blocks, k)
-        if tile is not None:
-            yield count, blocks, tile
+        yield count, blocks, tile_of(count, blocks, k)
 
 
 def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile, ...]:
@@ -120,13 +118,19 @@ def tiles_of(tokens: TokenClass, n: int, k: int, parts: int) -> tuple[BatchTile,
         k: Input columns.
         parts: Weights.
     """
-    found = {tile for _, _, tile in _calls_of(tokens, n, k, parts)}
+    found = {tile for _, _, tile in _calls_of(tokens, n, k, parts) if tile is not None}
     return tuple(sorted(found, key=lambda tile: (tile.tokens, tile.consumers)))
+
+
+def takes_all(tokens: TokenClass, n: int, k: int, parts: int) -> bool:
+    """Say whether every call of a class of token counts has a tile; arguments of `tiles_of`."""
+    tiles = [tile for _, _, tile in _calls_of(tokens, n, k, parts)]
+    return bool(tiles) and None not in tiles
 
 
 def keeps_any_order(tokens: TokenClass, n: int, k: int, parts: int) -> bool:
     """Say whether `keeps_order` holds for any call of a class of token counts; arguments of `tiles_of`."""
-    return any(keeps_order(count, blocks, k) for count, blocks, _ in _calls_of(tokens, n, k, parts))
+    return any(keeps_order(count, blocks, k) for count, blocks, tile in _calls_of(tokens, n, k, parts) if tile)
 
 
 def batch_spec(

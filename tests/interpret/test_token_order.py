@@ -11,8 +11,9 @@ from mobiquant_compiler import kernels, reference, wiring
 from mobiquant_compiler.codegen.batch_configs import ROWS
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Weight
-from mobiquant_compiler.spec import SliceSpec
+from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 from mobiquant_compiler.wiring import Order
+from tests.kernel_cases import integer_case
 from tests.network_cases import integer_network
 
 SPEC = SliceSpec(group=64)
@@ -84,9 +85,27 @@ def test_tokens_are_sorted_where_tiles_would_have_many_counts(
     assert kept or counts[:64].tolist() == sorted(counts[:64].tolist(), reverse=True)
 
 
-def test_weights_that_share_no_launch_are_for_lanes() -> None:
-    scale = torch.empty(MANY_ROWS, 4, dtype=torch.float16)
-    slices = torch.empty(8, MANY_ROWS, 0, dtype=torch.int32)
-    weights = [Weight(slices, scale.to(dtype), scale.to(dtype), None) for dtype in (torch.float16, torch.float32)]
-    assert wiring.order_of(torch.empty(9, 200), weights, SPEC) is Order.LANES
-    assert wiring.order_of(torch.empty(9, 200), weights[:1], SPEC) is Order.ROWS
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_weights_that_share_no_launch_are_multiplied_as_if_each_were_alone(
+    tokens: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has many rows, and as rows its tokens would be of no use to the other; both are routed once."""
+    cases = [integer_case(SPEC, tokens, n, 64, bias=True, seed=n) for n in (MANY_ROWS, 5)]
+    asked: list[tuple[tuple[int, ...], bool]] = []
+
+    def multiplied(kernel, prepared, weights):
+        asked.append((tuple(weight.rows for weight in weights), prepared.placed is not None))
+        return [torch.zeros(tokens, weight.rows) for weight in weights]
+
+    monkeypatch.setattr(launch, "multiply", multiplied)
+    monkeypatch.setattr(wiring, "_batch_kernel", lambda *args: None)
+    monkeypatch.setattr(wiring, "multiply_kernel_for", lambda *args: None)
+    router, thresholds = (torch.ones(64), torch.ones(3)), torch.zeros(3)
+    hist, mask = torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    weights = [list(column) for column in zip(*(case.arguments[2:] for case in cases), strict=True)]
+    weights[3][1] = None  # a bias has the first alone
+    facts = (SPEC, Activation.A16, Prefill.ROUTED)
+    wiring.elastic_linears(cases[0].x, router, thresholds, hist, mask, "energy", *weights, *facts)
+    assert asked == [((MANY_ROWS,), tokens == 9), ((5,), False)]
+    assert int(hist.sum()) == tokens
+    assert len(launches) == (1 if tokens == 8 else 3), "routed, and quantized for each"

@@ -174,6 +174,9 @@ def test_launches_list_their_kernels(
     found = kernels_of(launch, Target.of(cc), list(TokenClass), workspace=False)
     assert sum(kernel.family is Family.BATCH_WGMMA for kernel in found) == batches
     assert sum(kernel.token_rows for kernel in found) == quantizing, "of counts as given, and with routing"
+    lanes = {kernel.block_m for kernel in found if kernel.family is Family.SLICED_MMA and kernel.block_m > 8}
+    wanted = {16, 32} if not batches else {16} if (n, k) == (4096, 4096) or (n, k) == (4096, 14336) else set()
+    assert lanes == wanted, "where batch_wgmma serves some calls of a class, or none"
     one = kernels_of(launch, Target.of(cc), [TokenClass.ONE], workspace=False)
     assert not any(kernel.token_rows or kernel.family is Family.BATCH_WGMMA for kernel in one)
 
@@ -203,5 +206,7 @@ def test_what_is_warmed_up_is_what_launches_list(tokens: int, n: int, k: int, mo
     rows = [kernel for kernel in listed if kernel.token_rows]
     assert ran.count("given") == sum(not kernel.route for kernel in rows)
     assert ran.count("multiplied") == sum(kernel.family is Family.BATCH_WGMMA for kernel in listed)
+    calls = (spec, H100, TokenClass.of(tokens), n, k, 1)
+    assert kernels.batch_takes_all(*calls) == (not any(kernel.family is Family.SLICED_MMA for kernel in listed))
     routed = sum(kernel.route for kernel in rows)
     assert ran.count("routed") == (0 if tokens > PREFILL_TOKENS else routed)
