@@ -309,6 +309,7 @@ def multiply_tiles(
                 K_PADDED,
                 ACTIVATION,
             )
+        # The first team without another tile speaks for both: the other one is at its last but one at the earliest.
         fragments.begin_next(rings.tile_of(turn + 1, tid, weights[4]) >= parts.blocks_of(weights[4], 16))
         shared_memory.wait_for_copies(tid)
         again = fragments.thread_again(tid, False)
