@@ -76,7 +76,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Compil
     if bound is None:
         set_initial_budget(example_inputs, config.budget)
         return finish(owned, example_inputs)
-    bound.compiled = finish(owned, [*example_inputs, *as_static_fakes(bound.inputs(example_inputs))])
+    bound.compiled = finish(owned, [*example_inputs, *as_static_fakes(bound.begin(example_inputs))])
     return bound
 
 

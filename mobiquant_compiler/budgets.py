@@ -53,13 +53,13 @@ def set_budget(model: nn.Module, bits: float) -> None:
 
 
 def set_initial_budget(inputs: Sequence[object], bits: float | None) -> None:
-    """Set the budget of the routers whose thresholds are among a graph's inputs (`options={"budget": ...}`)."""
+    """Set the budget of the routers whose thresholds are among a graph's inputs, once (`options={"budget": ...}`)."""
     if bits is None:
         return
     wanted = {id(value) for value in inputs}
     states = {id(s): s for s in live_states() if any(id(r.thresholds) in wanted for r in s.routers)}
     for state in states.values():
-        state.set(bits)
+        state.start(bits)
 
 
 def get_budget(model: nn.Module) -> float:

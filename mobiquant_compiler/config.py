@@ -113,7 +113,8 @@ class CompileConfig:
     """Options of the backend, ``torch.compile(model, backend="mobiquant", options={...})``.
 
     Attributes:
-        budget: Average weight bits to start with; None leaves the model's own.
+        budget: Average weight bits to start with: set when a model's first graph is compiled, not by later ones; None
+            leaves the model's own.
         checkpoint: Directory whose slices are used for a plain model's weights.
         strict: Make a linear that is not rewritten an error.
         activation: "a16" or "a8", see `set_execution`; None leaves what the modules say ("a16" for plain models).

@@ -175,7 +175,10 @@ class BudgetState:
     Attributes:
         budget: What users asked for.
         aim: The budget whose thresholds are written: the same, or what `steer` put in its place.
+        started: The last budget that `start` was given, None if there was none.
     """
+
+    started: float | None = None
 
     def __init__(self, routers: Sequence[Router], table: BudgetTable | None = None) -> None:
         self.routers = list(routers)
@@ -208,6 +211,16 @@ class BudgetState:
         with _LOCK:
             self._write(float(budget))
             self.budget = self.aim
+
+    def start(self, budget: float) -> None:
+        """Set the budget that an option of compiling asks for, once: later graphs leave what was set since.
+
+        Raises:
+            BudgetOutOfRange: nothing is changed then, and the next graph that asks for it raises too.
+        """
+        if budget != self.started:
+            self.set(budget)
+            self.started = budget
 
     def steer(self, aim: float, budget: float) -> None:
         """Write the thresholds of another budget while the one in force stays `budget`; nothing if it no longer is.

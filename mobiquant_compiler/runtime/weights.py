@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mobiquant_compiler.linear import MobiLinear, TokenMask, plain_name
+from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState
 from mobiquant_compiler.spec import SliceSpec
 
@@ -157,6 +157,7 @@ class BoundGraph:
 
     def __init__(self, slots: Sequence[Slot], budget: float | None, source: Source | None = None) -> None:
         self.slots, self.budget, self.source = list(slots), budget, source
+        self._uncounted: dict[int, Tensor] = {}
 
     def __call__(self, *args: Tensor) -> object:
         """Look the slices up by the weights of this very call, and run."""
@@ -164,7 +165,34 @@ class BoundGraph:
 
     def inputs(self, args: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors for the inputs that bind-slices appended."""
-        return bound_inputs(self.resolve(args))
+        linears = self.resolve(args)
+        inputs = [linears[0].router.token_mask.tokens]
+        routers = set[int]()
+        for number, linear in enumerate(linears):
+            inputs += [linear.slices, linear.scale, linear.zero]
+            inputs += self._again(number, linear.router) if id(linear.router) in routers else _tensors_of(linear.router)
+            routers.add(id(linear.router))
+        return inputs
+
+    def begin(self, args: Sequence[Tensor]) -> list[Tensor]:
+        """Return `inputs` while the graph is compiled, at the budget that was asked for."""
+        inputs = self.inputs(args)
+        if self.budget is not None:
+            for state in {id(s): s for s in (linear.router.state for linear in self.resolve(args))}.values():
+                state.start(self.budget)
+        return inputs
+
+    def _again(self, number: int, router: Router) -> list[Tensor]:
+        """Return the tensors of a router that another linear of the graph has: AOTAutograd wants no input twice.
+
+        Its tokens are counted by the other linear.
+        """
+        *read, hist = _tensors_of(router)
+        kept = self._uncounted.get(number)
+        if kept is None or kept.device != hist.device:
+            with torch.inference_mode(False):
+                kept = self._uncounted[number] = torch.zeros_like(hist)
+        return [*(tensor.detach() for tensor in read), kept]
 
     def resolve(self, args: Sequence[Tensor]) -> list[MobiLinear]:
         """Return the slices of this call's weights; new ones join one budget."""
@@ -178,24 +206,25 @@ class BoundGraph:
                 if linear.router.state is None:
                     linear.router.floor, linear.router.ceiling = slot.limits
         if fresh:
-            known = [linear.router.state for linear in linears if linear not in fresh]
-            self._join(fresh, known[0].budget if known else self.budget)
+            known = next((linear.router.state for linear in linears if linear not in fresh), None)
+            self._join(fresh, known)
         return linears
 
-    def _join(self, fresh: Sequence[MobiLinear], budget: float | None) -> None:
+    def _join(self, fresh: Sequence[MobiLinear], known: BudgetState | None) -> None:
         """Give new slices a budget: the one in force for the others of the graph, else the one asked for."""
         loose = [linear.router for linear in fresh if linear.router.state is None]
         states = {id(s): s for s in (linear.router.state for linear in fresh) if s is not None}  # a checkpoint's
         if loose:
             states[0] = BudgetState(loose)
         for state in states.values():
-            state.set(state.budget if budget is None else budget)
+            if known is not None:
+                state.set(known.budget)
+                state.started = known.started
+            elif self.budget is not None:
+                state.start(self.budget)
+            else:
+                state.set(state.budget)
 
 
-def bound_inputs(linears: Sequence[MobiLinear]) -> list[Tensor]:
-    """Return the tensors that bind-slices appended inputs for, in its order."""
-    inputs = [linears[0].router.token_mask.tokens]
-    for linear in linears:
-        router = linear.router
-        inputs += [linear.slices, linear.scale, linear.zero, router.energy, router.gain, router.thresholds, router.hist]
-    return inputs
+def _tensors_of(router: Router) -> list[Tensor]:
+    return [router.energy, router.gain, router.thresholds, router.hist]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mobiquant_compiler as mq
 from mobiquant_compiler.backend import REPORTS
 from mobiquant_compiler.errors import NonFiniteWeight
+from mobiquant_compiler.linear import elastic_linears
 from mobiquant_compiler.runtime.weights import BOUND
 from tests.graphs import without_inductor
 from tests.models_tiny import tiny_llama, tiny_lm, tiny_mlp, tokens
@@ -244,3 +245,63 @@ def test_slices_may_come_from_a_checkpoint(tmp_path):
     plain.model.layers[0].mlp.up_proj.weight.mul_(2)
     with pytest.raises(mq.MobiQuantError, match="matches no linear in it"):
         compiled(ids, use_cache=False)
+
+
+def test_linears_of_a_checkpoint_that_share_a_router_are_compiled_by_inductor(tmp_path):
+    from mobiquant_compiler.checkpoint import save
+
+    ids = tokens(2, 8)
+    elastic = tiny_llama(1)
+    mq.quantize_(elastic, FLOAT32, calibration=tokens(4, 16), budget=5)
+    linears = elastic_linears(elastic).values()
+    assert len({id(linear.router) for linear in linears}) < len(linears)
+    save(elastic, tmp_path / "packed")
+    options = {"checkpoint": str(tmp_path / "packed")}
+    compiled = torch.compile(tiny_llama(1), backend="mobiquant", options=options)
+    compiled(ids, use_cache=False)
+    for bits in (5, 3.3):
+        mq.set_budget(compiled, bits)
+        mq.set_budget(elastic, bits)
+        mq.reset_telemetry(compiled)
+        mq.reset_telemetry(elastic)
+        assert_near(compiled(ids, use_cache=False).logits, elastic(ids).logits, COMPILED)
+        assert mq.achieved_bits(compiled).total == mq.achieved_bits(elastic).total
+
+
+class TestTheBudgetOfAnOption:
+    """It is what to start with: graphs that are compiled later leave what was set since."""
+
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_later_graphs_leave_what_was_set(self, plain: bool):
+        model = tiny_mlp()
+        if not plain:
+            mq.quantize_(model)
+        compiled = torch.compile(model, backend=without_inductor(budget=6))
+        compiled(torch.randn(4, 64))
+        assert mq.get_budget(model) == 6
+        mq.set_budget(model, 3)
+        compiled(torch.randn(5, 64))
+        assert mq.get_budget(model) == 3
+
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_another_option_is_followed(self, plain: bool):
+        model = tiny_mlp()
+        if not plain:
+            mq.quantize_(model)
+        torch.compile(model, backend=without_inductor(budget=6))(torch.randn(4, 64))
+        torch._dynamo.reset()
+        torch.compile(model, backend=without_inductor(budget=3))(torch.randn(4, 64))
+        assert mq.get_budget(model) == 3
+
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_one_that_is_out_of_range_is_an_error_every_time(self, plain: bool):
+        model, x = tiny_mlp(), torch.randn(4, 64)
+        if not plain:
+            mq.quantize_(model)
+        compiled = torch.compile(model, backend=without_inductor(budget=9))
+        for _ in range(2):
+            with pytest.raises(Exception, match="budget 9"):
+                compiled(x)
+        torch._dynamo.reset()
+        torch.compile(model, backend=without_inductor(budget=3))(x)
+        assert mq.get_budget(model) == 3
