@@ -262,7 +262,7 @@ class CheckpointForeign(CheckpointError):
 
 class CheckpointInTheWay(CheckpointError):
     message = (
-        "checkpoint {path}: not written, the directory holds other files ({got}); wanted a new or empty directory, or "
+        "checkpoint {path}: not written, something else is there ({got}); wanted a new or empty directory, or "
         "a mobiquant checkpoint to replace. Choose another directory."
     )
 

@@ -73,7 +73,8 @@ def _skip_reason(
         return Skip(name, SkipReason.UNKNOWN_TYPE, type(module).__name__) if isinstance(module, nn.Linear) else None
     if not matches(name, config.include):
         return Skip(name, SkipReason.NOT_INCLUDED)
-    tied = [other for other in holders[id(module.weight)] if other != f"{name}.weight"]
+    own = f"{name}.weight" if name else "weight"
+    tied = [other for other in holders[id(module.weight)] if other != own]
     if tied:
         return Skip(name, SkipReason.TIED, tied[0])
     if not config.selects(name):
@@ -193,8 +194,13 @@ def check(
     model: nn.Module, linears: Mapping[str, nn.Module], skipped: Sequence[Skip], config: SliceConfig, strict: bool
 ) -> None:
     """Find every reason to refuse before the first weight is given up."""
+    if "" in linears:
+        why = "it is a linear itself, which cannot be replaced in place: wrap it in nn.Sequential"
+        raise NothingToQuantize(model=type(model).__name__, skipped=why)
     if not linears:
         why = "; ".join(str(s) for s in skipped[:3]) or "no nn.Linear or Conv1D in it"
+        if elastic_linears(model):
+            why = "it is elastic already; quantize the model that it was made from"
         raise NothingToQuantize(model=type(model).__name__, skipped=why)
     unasked = [s for s in skipped if s.reason not in (SkipReason.EXCLUDED, SkipReason.NOT_INCLUDED)]
     if strict and unasked:

@@ -62,6 +62,7 @@ def check_weight(weight: Tensor, spec: SliceSpec, where: str) -> None:
         raise BadWeightShape(where=where, got=tuple(weight.shape), wanted="[out_features, in_features], both above 0")
     if weight.shape[1] < min(spec.group, 32):
         raise GroupTooLarge(where=where, k=weight.shape[1], group=spec.group)
+    weight = weight.detach()
     # What float32 cannot hold cannot be computed with either.
     finite = torch.isfinite(weight.float() if weight.dtype is torch.float64 else weight)
     if not bool(finite.all()):

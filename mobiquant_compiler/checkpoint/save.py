@@ -48,9 +48,7 @@ def save(model: nn.Module, directory: str | Path, *, tokenizer: Any = None, shar
         CheckpointInTheWay: the directory holds something else.
     """
     model = getattr(model, "_orig_mod", model)
-    directory = Path(directory).resolve()
-    if directory.exists() and not is_checkpoint(directory) and (held := sorted(os.listdir(directory))):
-        raise CheckpointInTheWay(path=directory, got=", ".join(held[:3]) + ("..." if len(held) > 3 else ""))
+    directory = free_place(directory)
     manifest, tensors = _describe(model)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}")
@@ -66,6 +64,20 @@ def save(model: nn.Module, directory: str | Path, *, tokenizer: Any = None, shar
         _publish(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def free_place(directory: str | Path) -> Path:
+    """Return the whole path of a directory that a checkpoint can be written to: new, empty, or an older one of ours.
+
+    Raises:
+        CheckpointInTheWay: it holds something else, or is a file.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointInTheWay(path=directory, got="it is a file")
+    if directory.exists() and not is_checkpoint(directory) and (held := sorted(os.listdir(directory))):
+        raise CheckpointInTheWay(path=directory, got=", ".join(held[:3]) + ("..." if len(held) > 3 else ""))
     return directory
 
 

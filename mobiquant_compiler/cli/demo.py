@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mobiquant_compiler.cli.console import check_budgets, note, numbers, out, positive, progress, show, show_json
-from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, compiled, load
+from mobiquant_compiler.cli.loading import PLAIN_HELP, Loaded, compiled, load
 
 PROMPT = "The most important thing to know about the Python language is"
 COLUMNS = {
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2",
+    model: Annotated[str, typer.Option(help=PLAIN_HELP)] = "smollm2",
     budgets: Annotated[str, typer.Option(help="Bits, one row each.")] = "8,6,5,4,3",
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens for perplexity.")] = 3,
     tokens: Annotated[int, typer.Option(help="New tokens of a sample.")] = 20,
@@ -45,6 +45,7 @@ def demo(
     start = time.perf_counter()
     with progress() as report:
         loaded = _load(model, device, report)
+        loaded.need_plain(model)
         text, learn = _texts(loaded, model, windows)
         before = evaluation.perplexity(loaded.model, text, progress=lambda d, t: report("unquantized perplexity", d, t))
         speed, sample = _sample(loaded, loaded.model, tokens)

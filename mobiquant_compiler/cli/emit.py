@@ -91,6 +91,9 @@ def _places(places: Sequence[str]) -> tuple[str | None, Path]:
     output = Path(places[-1])
     if output.exists() and not output.is_dir():
         raise BadOption(where="emit", name="OUTPUT", got=str(output), wanted="a directory")
+    if (output / "config.json").exists():
+        wanted = "a directory that holds no model; to emit the kernels of one give MODEL OUTPUT"
+        raise BadOption(where="emit", name="OUTPUT", got=str(output), wanted=wanted)
     return (places[0] if len(places) == 2 else None), output
 
 

@@ -12,6 +12,7 @@ from mobiquant_compiler.errors import BadOption
 if TYPE_CHECKING:
     from mobiquant_compiler.dump import GraphReport
 
+PLAIN_HELP = "A Hugging Face directory, or 'smollm2'."
 MODEL_HELP = "A Hugging Face directory, a mobiquant checkpoint, or 'smollm2'."
 
 
@@ -34,6 +35,18 @@ class Loaded:
         if self.tokenizer is None:
             raise ModelMissing(path=source, what="the directory has no tokenizer")
         return self.tokenizer
+
+    def need_plain(self, source: str) -> None:
+        """Refuse a model that is elastic already.
+
+        Raises:
+            BadOption: it is.
+        """
+        from mobiquant_compiler.linear import elastic_linears
+
+        if elastic_linears(self.model):
+            wanted = "a model that was not quantized yet; `mobiquant eval` and `generate` take checkpoints"
+            raise BadOption(where="command line", name="MODEL", got=source, wanted=wanted)
 
 
 def pick_device(name: str) -> Any:

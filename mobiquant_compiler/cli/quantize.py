@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from mobiquant_compiler.cli.checking import QuickCheck
 from mobiquant_compiler.cli.console import note, out, positive, progress, show, show_json, whole_numbers
 from mobiquant_compiler.cli.evaluate import RATIO_HELP
-from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, pick_device, spread_text_windows, text_windows
+from mobiquant_compiler.cli.loading import PLAIN_HELP, Loaded, load, pick_device, spread_text_windows, text_windows
 from mobiquant_compiler.errors import BadOption
 
 ROUTER_WINDOWS = 16  # of calibration where slices come from the weights alone
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=PLAIN_HELP)],
     output: Annotated[Path, typer.Argument(help="Directory of the checkpoint: new, empty, or an older checkpoint.")],
     widths: Annotated[str, typer.Option(help="Bits of each slice, the base first.")] = "2,2,2,2",
     group: Annotated[str, typer.Option(help="auto, 128, 64 or 32 columns a scale.")] = "auto",
@@ -68,11 +68,13 @@ def quantize(
     windows = _window_count(windows, calibrate)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
     how = _calibration_config(calibrate, calibration, steps, state, router, seed, offload)
+    _refuse(output, budget, config.widths)
     from mobiquant_compiler.checkpoint import save
 
     calibrating = {"state": state, "device": pick_device(device) if offload else None}
     with progress() as report:
         loaded = load(model, "cpu" if offload else device, dtype, report)
+        loaded.need_plain(model)
         tokens = _calibration(loaded, model, calibration, windows, length, spread=calibrate)
         check = QuickCheck(loaded, model, check_windows, length, warn_ratio, report)
         shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
@@ -84,6 +86,17 @@ def quantize(
         return
     note(str(coverage))
     out().print(f"saved {where}", markup=False, soft_wrap=True)
+
+
+def _refuse(output: Path, budget: float | None, widths: Sequence[int]) -> None:
+    """Refuse a place that is taken, and a budget that no floors and ceilings allow, before anything is loaded."""
+    from mobiquant_compiler.checkpoint.save import free_place
+
+    free_place(output)
+    low, high = widths[0], sum(widths)
+    if budget is not None and not low <= budget <= high:
+        wanted = f"{low} to {high} bits, those of the first slice and of all"
+        raise BadOption(where="command line", name="--budget", got=budget, wanted=wanted)
 
 
 def _slice(

@@ -150,7 +150,7 @@ class TestQuantize:
             (["--scope", "galaxy"], "scope"),
             (["--floor", "down_proj"], "'--floor' got 'down_proj'; wanted PATTERN=COUNT"),
             (["--ceiling", "*=9"], "ceiling"),
-            (["--budget", "1"], "budget 1.0 bits is out of range; this model can give 2 to 8"),
+            (["--budget", "1"], "option '--budget' got 1.0; wanted 2 to 8 bits"),
             (["--dtype", "int8"], "dtype"),
             (["--device", "abacus"], "--device"),
             (["--windows", "0"], "--windows"),
@@ -171,6 +171,21 @@ class TestQuantize:
     def test_output_that_holds_something_else(self, fails: Callable[..., str], plain: str, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").touch()
         assert "thesis.tex" in fails("quantize", plain, tmp_path, "--calibration", "none")
+        assert "it is a file" in fails("quantize", plain, tmp_path / "thesis.tex", "--calibration", "none")
+
+    @pytest.mark.parametrize("budget", ["9", "1.9", "nan"])
+    def test_mistakes_are_found_before_anything_is_loaded(
+        self, fails: Callable[..., str], tmp_path: Path, budget: str
+    ) -> None:
+        said = fails("quantize", "no-such-model", tmp_path / "c", "--budget", budget)
+        assert f"'--budget' got {budget}" in said
+        assert "wanted 2 to 8 bits" in said
+        (tmp_path / "thesis.tex").touch()
+        assert "thesis.tex" in fails("quantize", "no-such-model", tmp_path)
+
+    def test_what_is_elastic_already(self, fails: Callable[..., str], elastic: str, tmp_path: Path) -> None:
+        for command in (("quantize", elastic, tmp_path / "c"), ("demo", "--model", elastic)):
+            assert "wanted a model that was not quantized yet" in fails(*command)
 
 
 class TestInspect:

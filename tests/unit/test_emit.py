@@ -168,6 +168,14 @@ class TestSpec:
         assert len(err.splitlines()) == 1
         assert not (tmp_path / "out").exists()
 
+    def test_a_model_in_the_way(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
+        for places in ((tmp_path,), (tmp_path, tmp_path)):
+            code, _, err = run(*places)
+            assert code == 2
+            assert "to emit the kernels of one give MODEL OUTPUT" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
     def test_a_file_in_the_way(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "out").touch()
         code, _, err = run(tmp_path / "out")

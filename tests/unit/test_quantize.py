@@ -117,6 +117,12 @@ def test_nothing_to_quantize_says_why():
         mq.quantize_(nn.ReLU())
     with pytest.raises(NothingToQuantize, match="fewer input columns"):
         mq.quantize_(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(NothingToQuantize, match=r"a linear itself, .*: wrap it in nn\.Sequential"):
+        mq.quantize_(nn.Linear(64, 64))
+    model = nn.Sequential(nn.Linear(64, 64))
+    mq.quantize_(model)
+    with pytest.raises(NothingToQuantize, match="elastic already"):
+        mq.quantize_(model)
 
 
 def test_strict_counts_only_what_nobody_asked_to_leave():
@@ -223,6 +229,13 @@ def test_progress_counts_to_the_end():
     mq.quantize_(tiny_lm(1), calibration=tokens(2, 8), progress=lambda *event: seen.append(event))
     last = {stage: (done, total) for stage, done, total in seen}
     assert last == {"sensitivity": (2, 2), "slices": (7, 7), "budget table": (len(ANCHORS),) * 2}
+
+
+def test_weights_made_under_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(64, 48))
+    mq.quantize_(model)
+    assert model(torch.randn(3, 64)).isfinite().all()
 
 
 def test_models_quantized_under_inference_mode_can_be_used_outside():
