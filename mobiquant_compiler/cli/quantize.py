@@ -133,8 +133,15 @@ def _calibration_config(
     from mobiquant_compiler.calibration import CalibrationConfig
 
     if not calibrate:
-        for name, value in (("--state", state), ("--offload", offload or None)):
-            if value is not None:
+        usual = CalibrationConfig()
+        given: list[tuple[str, Any, Any]] = [("--state", state, None), ("--offload", offload, False)]
+        given += [
+            ("--steps", steps, usual.tune_steps),
+            ("--router", router, usual.router),
+            ("--seed", seed, usual.seed),
+        ]
+        for name, value, default in given:
+            if value != default:
                 raise BadOption(where="command line", name=name, got=str(value), wanted="--calibrate with it")
         return None
     if text == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -58,17 +59,25 @@ def load_pass(text: str) -> GraphPass:
         UnknownPass: no such name.
         BadOption: an option that the pass does not have.
     """
-    name, _, options = text.strip().partition("{")
+    name, brace, options = text.strip().partition("{")
     target = all_passes().get(name)
     if target is None:
         raise UnknownPass(name=name, known=", ".join(pass_names()))
     module, _, attribute = target.partition(":")
     cls: Any = getattr(import_module(module), attribute)
-    values = _options(options.rstrip("}"))
-    known = list(getattr(cls, "__dataclass_fields__", {}))
-    for option in values:
+    if brace and not options.endswith("}"):
+        raise BadOption(where=f"pass {name}", name="options", got=text, wanted=f"{name}{{option=value}}")
+    values = _options(options.removesuffix("}"))
+    known = {field.name: field for field in fields(cls)} if is_dataclass(cls) else {}
+    for option, value in values.items():
         if option not in known:
-            raise BadOption(where=f"pass {name}", name=option, got=values[option], wanted=f"one of {known}")
+            raise BadOption(where=f"pass {name}", name=option, got=value, wanted=f"one of {list(known)}")
+        usual = known[option].default
+        kinds = (int, float) if type(usual) is float else (type(usual),)
+        if usual is not MISSING and usual is not None and type(value) not in kinds:
+            raise BadOption(
+                where=f"pass {name}", name=option, got=value, wanted=f"{type(usual).__name__}, as {usual!r}"
+            )
     return cls(**values)
 
 

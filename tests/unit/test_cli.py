@@ -67,6 +67,8 @@ def test_calibration_options_need_calibrate_and_a_text(fails: Callable[..., str]
     out = tmp_path / "out"
     assert "'--state' got" in fails("quantize", plain, out, "--state", tmp_path / "s")
     assert "'--offload' got" in fails("quantize", plain, out, "--offload")
+    for given in (("--steps", "5"), ("--router", "mlp"), ("--seed", "3")):
+        assert f"'{given[0]}' got '{given[1]}'; wanted --calibrate with it" in fails("quantize", plain, out, *given)
     assert "'--calibration' got 'none'" in fails("quantize", plain, out, "--calibrate", "--calibration", "none")
     assert "'tune_steps' got -1" in fails("quantize", plain, out, "--calibrate", "--steps", "-1")
     assert not out.exists()
