@@ -380,3 +380,16 @@ def _split(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str
         part.append(name)
         size += bytes_
     yield part
+
+
+def check_finite(shards: Shards, name: str, tensor: Tensor, least: float = -torch.inf) -> None:
+    """Refuse values of a tensor that are not finite, or below `least`.
+
+    Raises:
+        CheckpointTensor: names the file, the tensor and the first wrong value.
+    """
+    wrong = ~torch.isfinite(tensor) | (tensor < least)
+    if bool(wrong.any()):
+        wanted = "finite ones" if least == -torch.inf else f"finite ones, at least {least:g}"
+        got = f"{int(wrong.sum())} wrong ones, the first {float(tensor[wrong][0])}"
+        raise CheckpointTensor(path=shards.path(name), tensor=name, name="values", got=got, wanted=wanted)

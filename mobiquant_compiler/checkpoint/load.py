@@ -18,6 +18,7 @@ from mobiquant_compiler.checkpoint.files import (
     RouterFacts,
     Shards,
     StateFacts,
+    check_finite,
     dtype_name,
     read_manifest,
     table_prefix,
@@ -76,7 +77,7 @@ class Reader:
         linears = [self.manifest.linears[name] for name in facts.linears]
         name = f"{facts.prefix}.energy"
         energy = self.shards.read(name, (linears[0].in_features,), torch.float32)
-        self._check_finite(name, energy)
+        check_finite(self.shards, name, energy)
         router = Router(energy, linears[0].widths, self.mask, self._gain(facts, linears[0]))
         if facts.kind == "mlp":
             router.learn(self._network(facts, linears[0]))
@@ -92,7 +93,7 @@ class Reader:
         shapes = {hidden_bias: (width,), out: (scores, width), out_bias: (scores,)}
         network = [first, *(self.shards.read(name, shape, torch.float16) for name, shape in shapes.items())]
         for name, tensor in zip((hidden, *shapes), network, strict=True):
-            self._check_finite(name, tensor)
+            check_finite(self.shards, name, tensor)
         return network
 
     def _gain(self, facts: RouterFacts, linear: LinearFacts) -> Tensor | None:
@@ -100,7 +101,7 @@ class Reader:
             return None
         name = f"{facts.prefix}.gain"
         gain = self.shards.read(name, (len(linear.widths) - 1,), torch.float32)
-        self._check_finite(name, gain, least=0.0)
+        check_finite(self.shards, name, gain, least=0.0)
         return gain
 
     def _table(self, number: int, facts: StateFacts) -> CalibratedTable | StaticTable:
@@ -121,13 +122,6 @@ class Reader:
                 )
         return CalibratedTable(anchors, quantiles)
 
-    def _check_finite(self, name: str, tensor: Tensor, least: float = -torch.inf) -> None:
-        wrong = ~torch.isfinite(tensor) | (tensor < least)
-        if bool(wrong.any()):
-            wanted = "finite ones" if least == -torch.inf else f"finite ones, at least {least:g}"
-            got = f"{int(wrong.sum())} wrong ones, the first {float(tensor[wrong][0])}"
-            raise CheckpointTensor(path=self.shards.path(name), tensor=name, name="values", got=got, wanted=wanted)
-
     def linear(self, name: str, dtype: torch.dtype | None = None) -> MobiLinear:
         """Return one elastic linear with its shared router; `dtype` is what its ``weight.dtype`` says."""
         facts = self.manifest.linears[name]
@@ -136,12 +130,12 @@ class Reader:
         slices = self.shards.read(f"{name}.slices", spec.packed_shape(n, k), torch.int32)
         scale = self.shards.read(f"{name}.scale", spec.scale_shape(n, k), stored)
         zero = self.shards.read(f"{name}.zero", spec.scale_shape(n, k), stored)
-        self._check_finite(f"{name}.scale", scale, least=0.0)
-        self._check_finite(f"{name}.zero", zero)
+        check_finite(self.shards, f"{name}.scale", scale, least=0.0)
+        check_finite(self.shards, f"{name}.zero", zero)
         bias = None
         if facts.bias is not None:
             bias = self.shards.read(f"{name}.bias", (n,), getattr(torch, facts.bias))
-            self._check_finite(f"{name}.bias", bias)
+            check_finite(self.shards, f"{name}.bias", bias)
         linear = MobiLinear(
             slices, scale, zero, bias, spec, k, self.routers[name], dtype or getattr(torch, facts.dtype)
         )

@@ -14,6 +14,7 @@ from mobiquant_compiler.checkpoint.files import (
     Manifest,
     RouterFacts,
     Shards,
+    check_finite,
     read_manifest,
 )
 from mobiquant_compiler.errors import CheckpointMissing
@@ -59,6 +60,7 @@ def _bytes(name: str, shards: Shards) -> int:
 def _linear(name: str, facts: LinearFacts, router: RouterFacts, shards: Shards) -> dict[str, Any]:
     n, k = facts.out_features, facts.in_features
     scale = shards.read(f"{name}.scale", facts.spec.scale_shape(n, k), getattr(torch, facts.scale_dtype))
+    check_finite(shards, f"{name}.scale", scale, least=0.0)
     low, high = float(scale.min()), float(scale.max())
     return {
         "name": name,

@@ -114,7 +114,7 @@ def _check(what: str, windows: int, length: int, png: bool, output: Path) -> lis
         if name not in ANALYSES:
             raise BadOption(where="command line", name="--what", got=name, wanted=f"some of {', '.join(ANALYSES)}")
     positive(windows, "--windows")
-    positive(length, "--length")
+    positive(length, "--length", 2)
     if output.exists() and not output.is_dir():
         raise NotADirectory(path=output)
     if png:

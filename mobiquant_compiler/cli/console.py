@@ -154,14 +154,14 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def positive(value: int, option: str) -> int:
-    """Return a count that must be at least 1.
+def positive(value: int, option: str, least: int = 1) -> int:
+    """Return a count that must be at least 1, or more: windows have two tokens, as the first is not predicted.
 
     Raises:
         BadOption: names the option.
     """
-    if value < 1:
-        raise BadOption(where="command line", name=option, got=value, wanted="at least 1")
+    if value < least:
+        raise BadOption(where="command line", name=option, got=value, wanted=f"at least {least}")
     return value
 
 

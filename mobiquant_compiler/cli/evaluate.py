@@ -124,8 +124,8 @@ def evaluate(
     A plain MODEL is measured as it is, then with static methods, then sliced for the budgets, on the same windows.
     """
     wanted = [] if budgets is None else numbers(budgets, "--budgets")
-    for value, option in ((windows, "--windows"), (length, "--length")):
-        positive(value, option)
+    positive(windows, "--windows")
+    positive(length, "--length", 2)
     methods, widths = names(against), whole_numbers(against_bits, "--against-bits")
     slicing = Slicing(calibration, calibration_windows, length, group)
     elastic = bool(wanted or methods or compile_ or follow)

@@ -75,7 +75,7 @@ def _set_budgets(model: Any, budget: float | None, plan: Any) -> None:
     from mobiquant_compiler.linear import elastic_linears
 
     if plan:
-        check_budgets(model, [bits for _, bits in plan.entries])
+        check_budgets(model, [bits for _, bits in plan.entries], "--schedule")
     if budget is not None:
         set_budget(model, budget)
     if elastic_linears(model):

@@ -64,7 +64,7 @@ def quantize(
 ) -> None:
     """Turn a model's linear layers into slices, check what budgets cost, and save the checkpoint."""
     QuickCheck.refuse(check_windows, warn_ratio)
-    positive(length, "--length")
+    positive(length, "--length", 2)
     windows = _window_count(windows, calibrate)
     config = _config(widths, group, layout, scope, include, exclude, floor, ceiling)
     how = _calibration_config(calibrate, calibration, steps, state, router, seed, offload)

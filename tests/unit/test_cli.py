@@ -182,6 +182,7 @@ class TestQuantize:
         said = fails("quantize", "no-such-model", tmp_path / "c", "--budget", budget)
         assert f"'--budget' got {budget}" in said
         assert "wanted 2 to 8 bits" in said
+        assert "'--length' got 1; wanted at least 2" in fails("quantize", "none", tmp_path / "c", "--length", "1")
         (tmp_path / "thesis.tex").touch()
         assert "thesis.tex" in fails("quantize", "no-such-model", tmp_path)
 
@@ -275,7 +276,7 @@ class TestGenerate:
         ("options", "words"),
         [
             (["--schedule", "8"], "--schedule '8': '8' has no colon"),
-            (["--schedule", "0:8,5:11"], "budget 11.0 bits is out of range"),
+            (["--schedule", "0:8,5:11"], "--schedule: budget 11.0 bits is out of range"),
             (["--budget", "1"], "out of range"),
             (["--max-tokens", "0"], "--max-tokens"),
             (["--temperature", "-1"], "--temperature"),

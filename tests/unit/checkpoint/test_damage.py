@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 import mobiquant_compiler as mq
 from mobiquant_compiler import checkpoint
 from mobiquant_compiler.checkpoint import files
+from mobiquant_compiler.checkpoint.summary import summarize
 from mobiquant_compiler.errors import (
     BadOption,
     CheckpointCorrupt,
@@ -144,6 +145,12 @@ class TestTensors:
         with pytest.raises(CheckpointTensor, match=words) as info:
             checkpoint.load(copy)
         assert str(copy / "model.safetensors") in str(info.value)
+
+    def test_scales_that_no_load_takes_have_no_range(self, copy: Path) -> None:
+        name = f"{Q_PROJ}.scale"
+        edit_tensors(copy, {name: stored(copy, name) * torch.nan})
+        with pytest.raises(CheckpointTensor, match="scale has values"):
+            summarize(copy)
 
     def test_dtype_that_nothing_of_ours_has(self, copy: Path) -> None:
         edit_tensors(copy, {"model.norm.weight": torch.zeros(64, dtype=torch.uint16)})
