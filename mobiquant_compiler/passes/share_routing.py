@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from mobiquant_compiler.errors import BadOption
 from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import PassContext, PassResult
 from mobiquant_compiler.passes.edit import mutates, replace, splice
@@ -35,6 +36,11 @@ class ShareRouting:
     name: ClassVar[str] = "share-routing"
     after: ClassVar[frozenset[str]] = frozenset({"bind-slices", "set-execution"})
     min_linears: int = 2
+
+    def __post_init__(self) -> None:
+        if type(self.min_linears) is not int or self.min_linears < 2:
+            wanted = "a whole number from 2"
+            raise BadOption(where=f"pass {self.name}", name="min_linears", got=self.min_linears, wanted=wanted)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite every group of at least `min_linears`."""

@@ -197,8 +197,8 @@ def test_registry_keys_are_pass_names_class_names_and_file_names():
 def test_options_of_passes():
     assert load_pass("share-routing{min-linears=5}").min_linears == 5
     for text, words in (
-        ("{min_linears=x}", "option 'min_linears' got 'x'; wanted int, as 2"),
-        ("{min_linears=true}", "option 'min_linears' got True; wanted int"),
+        ("{min_linears=x}", "option 'min_linears' got 'x'; wanted a whole number from 2"),
+        ("{min_linears=true}", "option 'min_linears' got True; wanted a whole number"),
         ("{min_linears=3", "wanted share-routing{option=value}"),
         ("{name=x}", r"wanted one of \['min_linears'\]"),
     ):
