@@ -53,7 +53,7 @@ def select(model: nn.Module, config: SliceConfig) -> tuple[dict[str, nn.Module],
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():  # each module once: two names of one module are no tie
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+            holders.setdefault(id(parameter), []).append(_parameter(name, key))
     chosen: dict[str, nn.Module] = {}
     skipped: list[Skip] = []
     for name, module in model.named_modules():
@@ -73,8 +73,7 @@ def _skip_reason(
         return Skip(name, SkipReason.UNKNOWN_TYPE, type(module).__name__) if isinstance(module, nn.Linear) else None
     if not matches(name, config.include):
         return Skip(name, SkipReason.NOT_INCLUDED)
-    own = f"{name}.weight" if name else "weight"
-    tied = [other for other in holders[id(module.weight)] if other != own]
+    tied = [other for other in holders[id(module.weight)] if other != _parameter(name, "weight")]
     if tied:
         return Skip(name, SkipReason.TIED, tied[0])
     if not config.selects(name):
@@ -87,10 +86,14 @@ def _skip_reason(
     return None
 
 
+def _parameter(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
 def _expert_skips(name: str, module: nn.Module) -> list[Skip]:
     """Report 3-D parameters of expert modules: linears in all but name, and most of a mixture's weights."""
     return [
-        Skip(f"{name}.{key}" if name else key, SkipReason.EXPERTS, "x".join(map(str, p.shape)))
+        Skip(_parameter(name, key), SkipReason.EXPERTS, "x".join(map(str, p.shape)))
         for key, p in module.named_parameters(recurse=False)
         if p.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
     ]

@@ -292,15 +292,13 @@ def elastic_linears(
     prefill: Prefill,
 ) -> list[Tensor]:
     """`reference.elastic_linears`: on the integer path by `prepare_for` and a launch to multiply."""
-    n = max(weight.shape[1] for weight in slices)
-    if not routes(x, kind, prefill) or path_of(x, n, spec, prefill) is not Path.INTEGER:
+    weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
+    n = max(weight.rows for weight in weights)
+    on_integers = routes(x, kind, prefill) and path_of(x, n, spec, prefill) is Path.INTEGER
+    if not on_integers or _are_apart(x, weights):
         counts = route(x, router, thresholds, hist, mask, kind, prefill)
         return routed_linears(x, counts, slices, scale, zero, bias, spec, activation, prefill)
     paths.note(Path.INTEGER, launch.token_count(x), len(slices))
-    weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
-    if _are_apart(x, weights):
-        counts = route(x, router, thresholds, hist, mask, kind, prefill)
-        return by_integers(x, counts, weights, spec, activation)
     prepared = prepare_for(weights, x, router, thresholds, hist, mask, kind, spec, activation)
     return _multiply_all(prepared, weights, spec, activation)
 

@@ -134,8 +134,9 @@ def _calibration_config(
 
     if not calibrate:
         usual = CalibrationConfig()
-        given: list[tuple[str, Any, Any]] = [("--state", state, None), ("--offload", offload, False)]
-        given += [
+        given: list[tuple[str, Any, Any]] = [
+            ("--state", state, None),
+            ("--offload", offload, False),
             ("--steps", steps, usual.tune_steps),
             ("--router", router, usual.router),
             ("--seed", seed, usual.seed),

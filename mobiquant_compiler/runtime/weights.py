@@ -157,7 +157,7 @@ class BoundGraph:
 
     def __init__(self, slots: Sequence[Slot], budget: float | None, source: Source | None = None) -> None:
         self.slots, self.budget, self.source = list(slots), budget, source
-        self._uncounted: dict[int, Tensor] = {}
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def __call__(self, *args: Tensor) -> object:
         """Look the slices up by the weights of this very call, and run."""
@@ -165,21 +165,24 @@ class BoundGraph:
 
     def inputs(self, args: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors for the inputs that bind-slices appended."""
-        linears = self.resolve(args)
-        inputs = [linears[0].router.token_mask.tokens]
-        routers = set[int]()
-        for number, linear in enumerate(linears):
-            inputs += [linear.slices, linear.scale, linear.zero]
-            inputs += self._again(number, linear.router) if id(linear.router) in routers else _tensors_of(linear.router)
-            routers.add(id(linear.router))
-        return inputs
+        return self._inputs_of(self.resolve(args))
 
     def begin(self, args: Sequence[Tensor]) -> list[Tensor]:
         """Return `inputs` while the graph is compiled, at the budget that was asked for."""
-        inputs = self.inputs(args)
+        linears = self.resolve(args)
         if self.budget is not None:
-            for state in {id(s): s for s in (linear.router.state for linear in self.resolve(args))}.values():
+            for state in {id(s): s for s in (linear.router.state for linear in linears)}.values():
                 state.start(self.budget)
+        return self._inputs_of(linears)
+
+    def _inputs_of(self, linears: Sequence[MobiLinear]) -> list[Tensor]:
+        inputs = [linears[0].router.token_mask.tokens]
+        routers = set[int]()
+        for number, linear in enumerate(linears):
+            router = linear.router
+            inputs += [linear.slices, linear.scale, linear.zero]
+            inputs += self._again(number, router) if id(router) in routers else _tensors_of(router)
+            routers.add(id(router))
         return inputs
 
     def _again(self, number: int, router: Router) -> list[Tensor]:
@@ -187,12 +190,13 @@ class BoundGraph:
 
         Its tokens are counted by the other linear.
         """
-        *read, hist = _tensors_of(router)
-        kept = self._uncounted.get(number)
-        if kept is None or kept.device != hist.device:
+        seen, tensors = self._views.get(number, (None, []))
+        if seen is not router.thresholds:  # another router, or moved
+            *read, hist = _tensors_of(router)
             with torch.inference_mode(False):
-                kept = self._uncounted[number] = torch.zeros_like(hist)
-        return [*(tensor.detach() for tensor in read), kept]
+                tensors = [*(tensor.detach() for tensor in read), torch.zeros_like(hist)]
+            self._views[number] = router.thresholds, tensors
+        return tensors
 
     def resolve(self, args: Sequence[Tensor]) -> list[MobiLinear]:
         """Return the slices of this call's weights; new ones join one budget."""
