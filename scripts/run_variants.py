@@ -3,7 +3,7 @@
     python scripts/run_variants.py            # all of them
     python scripts/run_variants.py --list     # the names of parts, which may run side by side: most time is compiling
     python scripts/run_variants.py fused      # one of them
-    make sanitize                             # all parts, eight at a time; then once more under compute-sanitizer
+    make sanitize                             # all parts, sixteen at a time; then once more under compute-sanitizer
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every tensor an allocation of its own, so that a read past one's end is seen.
 """
@@ -28,6 +28,7 @@ from tests.kernel_cases import SPECS, Case, integer_case, spec_id
 from tests.network_cases import integer_network
 
 ROWS, COLUMNS = 35, 200  # no multiple of a tile, no multiple of a group
+EIGHTS = 40  # rows by eights, no multiple of a tile: one token has kernels of its own for them
 
 
 def check(name: str, got: torch.Tensor, case: Case) -> list[str]:
@@ -40,9 +41,9 @@ def check(name: str, got: torch.Tensor, case: Case) -> list[str]:
 def integer_path(spec: SliceSpec, device: str) -> list[str]:
     """Run one token, every size of small batch, and siblings of one spec, 16-bit activations and 8-bit ones."""
     wrong = []
-    for tokens in (1, 5, 9, 20):
-        case = integer_case(spec, tokens, ROWS, COLUMNS, bias=True, device=device)
-        name = f"{spec_id(spec)}, {tokens} tokens"
+    for tokens, rows in ((1, ROWS), (1, EIGHTS), (5, ROWS), (9, ROWS), (20, ROWS)):
+        case = integer_case(spec, tokens, rows, COLUMNS, bias=True, device=device)
+        name = f"{spec_id(spec)}, {tokens} tokens, {rows} rows"
         wrong += check(name, wiring.routed_linear(*case.arguments, spec), case)
         x, counts, *weight = case.arguments
         siblings = [[part] * 3 for part in weight]

@@ -98,24 +98,25 @@ def place_of(counts_ptr, token, tokens):
 
 
 @triton.jit
-def _load_part(ptr, mask, COUNT: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
-    if CHECKED:
-        words = fragments.load_words(ptr, mask, COUNT, EMULATE)
+def load_activation(ptr, at, lane, GROUP: tl.constexpr, EMULATE: tl.constexpr):
+    """Load eight tokens' bytes of one group as `route_quantize` laid them out; returns GROUP / 16 int32 [THREADS]."""
+    WORDS: tl.constexpr = GROUP // 16
+    if WORDS == 8:
+        words = fragments.read_words(ptr + (at * 64 + lane) * 4, 4, EMULATE)
+        words = words + fragments.read_words(ptr + (at * 64 + 32 + lane) * 4, 4, EMULATE)
     else:
-        words = fragments.read_words(ptr, COUNT, EMULATE)
+        words = fragments.read_words(ptr + (at * 32 + lane) * WORDS, WORDS, EMULATE)
     return words
 
 
 @triton.jit
-def load_activation(ptr, at, lane, mask, GROUP: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr):
-    """Load eight tokens' bytes of one group as `route_quantize` laid them out; returns GROUP / 16 int32 [THREADS].
+def load_quarter(ptr, mask, GROUP: tl.constexpr, EMULATE: tl.constexpr):
+    """Load one lane's quarter of a group, whose first word ptr points to, zeros where the mask is false.
 
-    Without CHECKED every lane loads, whatever the mask.
+    One address serves all its loads. Returns GROUP / 16 int32 [THREADS].
     """
-    WORDS: tl.constexpr = GROUP // 16
-    if WORDS == 8:
-        words = _load_part(ptr + (at * 64 + lane) * 4, mask, 4, CHECKED, EMULATE)
-        words = words + _load_part(ptr + (at * 64 + 32 + lane) * 4, mask, 4, CHECKED, EMULATE)
-    else:
-        words = _load_part(ptr + (at * 32 + lane) * WORDS, mask, WORDS, CHECKED, EMULATE)
+    WORDS: tl.constexpr = part_words(GROUP)
+    words = ()
+    for part in tl.static_range(GROUP // 16 // WORDS):
+        words = words + fragments.load_words(ptr + part * (32 * WORDS), mask, WORDS, EMULATE)
     return words

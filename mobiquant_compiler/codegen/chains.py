@@ -1,4 +1,4 @@
-"""Sums over a warp's columns in a fixed order, for one token or several blocks of eight.
+"""Sums over a warp's columns in a fixed order, for blocks of eight tokens.
 
 A warp works on one or two tiles of 16 output rows, all tokens of its program, and the columns of one or more chains:
 pairs of groups are dealt to eight chains in turn. The deal, and the tree in which chains are added
@@ -39,15 +39,13 @@ def add_each(left, right):
 
 
 @triton.constexpr_function
-def loads_ahead(tiles, blocks, one, alike, bits, steps):
+def loads_ahead(tiles, blocks, alike, bits, steps):
     """Say whether a step's words are loaded before those of the step before are multiplied.
 
-    Measured: it pays where the registers for a second step are there. One token has them up to four bits, one block of
-    tokens that are alike likewise; a warp of two tiles of rows may use 255 registers, enough for tokens that are alike,
-    and for four bits of unlike ones.
+    Measured: it pays where the registers for a second step are there. One block of tokens that are alike has them up to
+    four bits; a warp of two tiles of rows may use 255 registers, enough for tokens that are alike, and for four bits of
+    unlike ones.
     """
-    if one:
-        return steps > 1 and bits <= 4
     if tiles > 1:
         return steps > 1 if alike else steps > 2 and bits <= 4
     return steps > 2 and alike and bits <= 4 and blocks == 1
@@ -85,7 +83,6 @@ def add_step(
     pair,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -98,31 +95,25 @@ def add_step(
     acts, _, tile = operands
     tid, _, blocks, shrinks, most, _ = tile
     lane = tid % 32
-    if ONE:
-        sums = steps.one_token_step(
-            sums, acts, chunks[0], pair, lane, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
-        )
-    else:
-        sums = steps.many_tokens_step(
-            sums,
-            acts,
-            chunks,
-            pair,
-            lane,
-            blocks,
-            shrinks,
-            most,
-            COUNT,
-            WHOLE,
-            ALIKE,
-            WIDTHS,
-            LAYOUT,
-            GROUP,
-            K_PADDED,
-            ACTIVATION,
-            EMULATE,
-        )
-    return sums
+    return steps.many_tokens_step(
+        sums,
+        acts,
+        chunks,
+        pair,
+        lane,
+        blocks,
+        shrinks,
+        most,
+        COUNT,
+        WHOLE,
+        ALIKE,
+        WIDTHS,
+        LAYOUT,
+        GROUP,
+        K_PADDED,
+        ACTIVATION,
+        EMULATE,
+    )
 
 
 @triton.jit
@@ -132,7 +123,6 @@ def grouped_chain(
     chain,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -146,7 +136,7 @@ def grouped_chain(
     TILES: tl.constexpr = len(operands[2][1])
     BLOCKS: tl.constexpr = len(operands[2][2][0])
     BITS: tl.constexpr = device.bits_before(WIDTHS, COUNT)
-    AHEAD: tl.constexpr = loads_ahead(TILES, BLOCKS, ONE, ALIKE, BITS, STEPS)
+    AHEAD: tl.constexpr = loads_ahead(TILES, BLOCKS, ALIKE, BITS, STEPS)
     if AHEAD:
         chunks = load_chunks(operands, chain, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
     for step in tl.range(0, STEPS - 1 if AHEAD else STEPS):
@@ -157,14 +147,14 @@ def grouped_chain(
         else:
             chunks = load_chunks(operands, pair, COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE)
         sums = add_step(
-            sums, operands, chunks, pair, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+            sums, operands, chunks, pair, COUNT, WHOLE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
         if AHEAD:
             chunks = following
     if AHEAD:
         pair = (STEPS - 1) * 8 + chain
         sums = add_step(
-            sums, operands, chunks, pair, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+            sums, operands, chunks, pair, COUNT, WHOLE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
     return sums
 
@@ -175,7 +165,6 @@ def chain_sums(
     chain,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -186,20 +175,20 @@ def chain_sums(
 ):
     """Sum one chain of pairs of groups, in order.
 
-    Returns two float32 [THREADS] for ONE token, else four for each block of tokens and, in it, each tile of 16 rows.
+    Returns four float32 [THREADS] for each block of tokens and, in it, each tile of 16 rows.
     """
     TILES: tl.constexpr = len(operands[2][1])
     BLOCKS: tl.constexpr = len(operands[2][2][0])
-    sums = zeros_for(operands[2][0], 2 if ONE else 4 * TILES * BLOCKS)
+    sums = zeros_for(operands[2][0], 4 * TILES * BLOCKS)
     # Unlike tokens of which one uses COUNT slices; words of more slices than are used are not to be asked for.
-    UNLIKE: tl.constexpr = WHOLE and not ONE and not ALIKE
+    UNLIKE: tl.constexpr = WHOLE and not ALIKE
     if UNLIKE and TILES * BLOCKS == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
         sums = slice_steps.mixed_chain(
             sums, operands, chain, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
     else:
         sums = grouped_chain(
-            sums, operands, chain, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+            sums, operands, chain, COUNT, WHOLE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
     return sums
 
@@ -211,7 +200,6 @@ def warp_sums(
     CHAINS: tl.constexpr,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -230,16 +218,16 @@ def warp_sums(
     """
     if CHAINS == 1:
         total = chain_sums(
-            operands, first_chain, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+            operands, first_chain, COUNT, WHOLE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
     else:
         # From zero: no sum of a chain is -0, which adding to zero would change.
-        total = zeros_for(operands[2][0], 2 if ONE else 4 * len(operands[2][1]) * len(operands[2][2][0]))
+        total = zeros_for(operands[2][0], 4 * len(operands[2][1]) * len(operands[2][2][0]))
         before = total
         for index in tl.range(0, CHAINS):
             chain = first_chain + index
             sums = chain_sums(
-                operands, chain, COUNT, WHOLE, ONE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
+                operands, chain, COUNT, WHOLE, ALIKE, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
             )
             if index % 2 == 1:
                 total = add_each(total, add_each(before, sums))

@@ -12,6 +12,56 @@ from mobiquant_compiler.codegen import activations, device, fragments, scaling
 
 
 @triton.jit
+def load_row(
+    slices_ptr,
+    row,
+    pair,
+    t,
+    most,
+    n_rows,
+    base,
+    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Ask for a lane's words of a row's pair of groups, a tuple for each packed unit; see `load_chunk`.
+
+    base: nothing, or the words of the base slice, where they were asked for before.
+    """
+    # Where the chains come out even no lane is without a share.
+    CHECKED: tl.constexpr = K_PADDED // GROUP % 16 != 0 or not WHOLE
+    words = base
+    for index in tl.static_range(1 if len(base) > 0 else 0, COUNT):
+        here = row == row
+        if not WHOLE:
+            here = here & (index < most)
+        for part in tl.static_range(device.unit_count(WIDTHS, LAYOUT, index)):
+            words = words + (
+                device.load_pair(
+                    slices_ptr,
+                    row,
+                    pair,
+                    t,
+                    here,
+                    n_rows,
+                    index,
+                    part,
+                    WIDTHS,
+                    LAYOUT,
+                    GROUP,
+                    K_PADDED,
+                    CHECKED,
+                    EMULATE,
+                ),
+            )
+    return words
+
+
+@triton.jit
 def load_chunk(
     weight,
     first_row,
@@ -32,37 +82,15 @@ def load_chunk(
     Returns words as loaded, a tuple for each packed unit of row g, then of row g + 8, and for each of the two rows
     (scale, scale, zero, zero) of the groups.
     """
-    # Where the chains come out even no lane is without a share; rows past the last are read as the last.
     CUT: tl.constexpr = K_PADDED // GROUP % 16 != 0
-    CHECKED: tl.constexpr = CUT or not WHOLE
     slices_ptr, scale_ptr, zero_ptr = weight
     words = ()
     grids = ()
     for half in tl.static_range(2):
-        row = tl.minimum(first_row + half * 8, n_rows - 1)
-        for index in tl.static_range(COUNT):
-            here = row == row
-            if not WHOLE:
-                here = here & (index < most)
-            for part in tl.static_range(device.unit_count(WIDTHS, LAYOUT, index)):
-                words = words + (
-                    device.load_pair(
-                        slices_ptr,
-                        row,
-                        pair,
-                        t,
-                        here,
-                        n_rows,
-                        index,
-                        part,
-                        WIDTHS,
-                        LAYOUT,
-                        GROUP,
-                        K_PADDED,
-                        CHECKED,
-                        EMULATE,
-                    ),
-                )
+        row = tl.minimum(first_row + half * 8, n_rows - 1)  # rows past the last are read as the last
+        words = words + load_row(
+            slices_ptr, row, pair, t, most, n_rows, (), COUNT, WHOLE, WIDTHS, LAYOUT, GROUP, K_PADDED, EMULATE
+        )
         scales = scaling.load_scales(scale_ptr, row, pair, GROUP, K_PADDED, CUT, EMULATE)
         grids = grids + (scales + scaling.load_scales(zero_ptr, row, pair, GROUP, K_PADDED, CUT, EMULATE),)
     return words, grids
@@ -103,10 +131,10 @@ def load_block(acts, at, lane, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EM
 
     Nothing is masked: all blocks are whole in memory, and a token that does not exist has a column of its own.
     """
-    high = activations.load_activation(acts[0], at, lane, None, GROUP, False, EMULATE)
+    high = activations.load_activation(acts[0], at, lane, GROUP, EMULATE)
     low = high
     if ACTIVATION == "a16":
-        low = activations.load_activation(acts[1], at, lane, None, GROUP, False, EMULATE)
+        low = activations.load_activation(acts[1], at, lane, GROUP, EMULATE)
     return high, low
 
 
@@ -140,12 +168,16 @@ def load_token_pair(
     if ACTIVATION == "a16":
         which = column // 2
         ptr = tl.where(column % 2 == 0, high_ptr, low_ptr)
-    here = (which == (lane % 4) // 2) & (2 * pair + which < K_PADDED // GROUP)
+    here = which == (lane % 4) // 2
+    if K_PADDED // GROUP % 16 != 0:
+        here = here & (2 * pair + which < K_PADDED // GROUP)
+    # Lanes 0 and 2 have the first half of a group's columns, quarters 0 and 1; lanes 1 and 3 the second: those of lanes
+    # 0 and 2, 1 and 3 of a quad, at places that differ by a constant, so that one address serves all loads.
+    WORDS: tl.constexpr = activations.part_words(GROUP)
+    ptr += (2 * pair + which) * (2 * GROUP) + (lane % 2) * WORDS
     tokens = ()
-    # Lanes 0 and 2 have the first half of a group's columns, quarters 0 and 1; lanes 1 and 3 the second.
     for half in tl.static_range(2):
-        slot = fragments.quarter_of_lane((lane % 2) * 2 + half)
-        tokens = tokens + activations.load_activation(ptr, 2 * pair + which, slot, here, GROUP, True, EMULATE)
+        tokens = tokens + activations.load_quarter(ptr + half * (2 * WORDS), here, GROUP, EMULATE)
     return tokens
 
 

@@ -55,21 +55,41 @@ def load_scale(at, mask, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def load_scales(
+def ask_scales(
     ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
 ):
-    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group; two float32 [THREADS]."""
+    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group: what `scales_of` takes.
+
+    Until it does nothing waits for them. Returns one int32 [THREADS] with both, or two tensors of their own dtype.
+    """
     GROUPS: tl.constexpr = K_PADDED // GROUP
     at = ptr + row * GROUPS + pair * 2
     if GROUPS % 2 == 0 and ptr.dtype.element_ty.primitive_bitwidth == 16 and not EMULATE:
         # By way of the L1 cache: eight warps read one sector of a row.
         if CHECKED:
-            both = fragments.load_words(at, pair * 2 < GROUPS, 1, EMULATE)[0]
+            asked = fragments.load_words(at, pair * 2 < GROUPS, 1, EMULATE)
         else:
-            both = fragments.read_words(at, 1, EMULATE)[0]
-        first = both.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
-        second = (both >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+            asked = fragments.read_words(at, 1, EMULATE)
     else:
         first = load_scale(at, pair * 2 < GROUPS, EMULATE)
-        second = load_scale(at + 1, pair * 2 + 1 < GROUPS, EMULATE)
+        asked = (first, load_scale(at + 1, pair * 2 + 1 < GROUPS, EMULATE))
+    return asked
+
+
+@triton.jit
+def scales_of(asked, ptr):
+    """Return what `ask_scales` asked for at `ptr`, two float32 [THREADS]."""
+    if len(asked) == 1:
+        first = asked[0].to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+        second = (asked[0] >> 16).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        first, second = asked
     return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def load_scales(
+    ptr, row, pair, GROUP: tl.constexpr, K_PADDED: tl.constexpr, CHECKED: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Load a row's scales (or zero points) of a pair of groups, 0 where there is no group; two float32 [THREADS]."""
+    return scales_of(ask_scales(ptr, row, pair, GROUP, K_PADDED, CHECKED, EMULATE), ptr)

@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 # Modules of jitted functions that templates call.
 _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
-    *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "parts"),
+    *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "one_token", "parts"),
     *("batch_operands", "batch_products", "batch_copies", "batches", "split_columns", "sorted_tiles"),
     *("resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
 )

@@ -1,4 +1,4 @@
-"""What one pair of groups adds to the sums of one token, or of several blocks of eight tokens.
+"""What one pair of groups adds to the sums of several blocks of eight tokens.
 
 Names are those of `products`. Tuples hold four sums for each block of tokens and, in it, each tile of 16 rows.
 """
@@ -7,47 +7,6 @@ import triton
 import triton.language as tl
 
 from mobiquant_compiler.codegen import device, products, scaling
-
-
-@triton.jit
-def one_token_step(
-    sums,
-    acts,
-    chunk,
-    pair,
-    lane,
-    COUNT: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    GROUP: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EMULATE: tl.constexpr,
-):
-    """Add a pair of groups of one token, both groups in one product; returns the sums of rows g and g + 8."""
-    UNITS: tl.constexpr = device.units_before(WIDTHS, LAYOUT, COUNT)
-    SHRINK: tl.constexpr = scaling.shrink_at(WIDTHS, COUNT)
-    GROUPS: tl.constexpr = K_PADDED // GROUP
-    t = lane % 4
-    words, grids = chunk
-    tokens = products.load_token_pair(acts, pair, lane, GROUP, K_PADDED, ACTIVATION, EMULATE)
-    facts = (
-        products.load_fact(acts[2], products.existing(2 * pair, GROUPS), EMULATE),
-        products.load_fact(acts[2], products.existing(2 * pair + 1, GROUPS), EMULATE),
-    )
-    # A lane's words go on from the first group into the second: as columns of one group of twice the size.
-    upper = device.combined_codes(words, t, 0, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
-    lower = device.combined_codes(words, t, UNITS, -1, COUNT, 2 * GROUP, WIDTHS, LAYOUT, EMULATE)
-    dots = products.token_products(upper, lower, tokens, ACTIVATION, EMULATE)
-    dots = products.without_spare(dots, device.spare_bits(WIDTHS, LAYOUT, COUNT))
-    sides = ()
-    for half in tl.static_range(2):
-        a = sums[half]
-        for which in tl.static_range(2):
-            grid = scaling.grid_at(grids[half][which], grids[half][2 + which], SHRINK, 1.0 / SHRINK)
-            a = scaling.add_group(a, dots[2 * half + which], grid, facts[which][0], facts[which][1])
-        sides = sides + (a,)
-    return sides
 
 
 @triton.jit

@@ -85,7 +85,6 @@ def multiply_program(
     ROW_TILES: tl.constexpr,
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
-    ONE: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -131,7 +130,6 @@ def multiply_program(
             CHAINS,
             COUNT,
             WHOLE,
-            ONE,
             ALIKE,
             WIDTHS,
             LAYOUT,
@@ -143,4 +141,4 @@ def multiply_program(
         if SIGNALS:
             gdc_launch_dependents()
         place = (y_ptr, weight[3], program_row, first_block, tokens, n_rows)
-        store_blocks(sums, place, HAS_BIAS, ONE, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)
+        store_blocks(sums, place, HAS_BIAS, False, SPAN, ROW_TILES, ROW_WARPS, NUM_WARPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -46,11 +47,11 @@ def test_integers_are_exact_over_several_steps(spec: SliceSpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_one_token_is_exact_at_every_count(spec: SliceSpec) -> None:
-    for k in (K, EVEN_K):
-        case = integer_case(spec, 1, 203, k, bias=True, device="cuda")
+    for k, rows in product((K, EVEN_K), (203, 200, 16, 8)):
+        case = integer_case(spec, 1, rows, k, bias=True, device="cuda")
         for count in range(1, spec.num_slices + 1):
             case.counts.fill_(count)
-            assert torch.equal(run(case), case.expected(torch.float32)), f"{count} slices, {k} columns"
+            assert torch.equal(run(case), case.expected(torch.float32)), f"{count} slices, {rows} rows, {k} columns"
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 20, 40, 100, 300])

@@ -36,7 +36,7 @@ def several_steps(spec: SliceSpec) -> int:
 @settings(FEW, max_examples=4)
 def test_one_token_is_exact_on_integers(spec: SliceSpec, data: st.DataObject) -> None:
     k = data.draw(st.integers(32, 300), "k")
-    n = data.draw(st.sampled_from((1, 3, 17, 33)), "n")
+    n = data.draw(st.sampled_from((1, 3, 8, 17, 24, 32, 33)), "n")
     bias, seed = data.draw(st.booleans(), "bias"), data.draw(st.integers(0, 99), "seed")
     case = integer_case(spec, 1, n, k, bias=bias, seed=seed)
     case.counts.fill_(data.draw(st.integers(1, spec.num_slices), "count"))
@@ -44,8 +44,9 @@ def test_one_token_is_exact_on_integers(spec: SliceSpec, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_one_token_is_exact_at_every_count(spec: SliceSpec) -> None:
-    case = integer_case(spec, 1, 3, several_steps(spec))
+@pytest.mark.parametrize("rows", [3, 24])
+def test_one_token_is_exact_at_every_count(spec: SliceSpec, rows: int) -> None:
+    case = integer_case(spec, 1, rows, several_steps(spec))
     for count in range(1, spec.num_slices + 1):
         case.counts.fill_(count)
         assert torch.equal(run(case), case.expected(torch.float32)), f"{count} slices"

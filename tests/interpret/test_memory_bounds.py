@@ -97,7 +97,8 @@ def run(case: Case, activation: Activation = Activation.A16) -> Tensor:
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_linears_read_their_rows_and_the_slices_in_use(spec: SliceSpec, tokens: int) -> None:
-    for n, k, most in ((5, 3 * spec.group - 7, spec.num_slices), (17, spec.group, max(1, spec.num_slices - 1))):
+    few = max(1, spec.num_slices - 1)
+    for n, k, most in ((5, 3 * spec.group - 7, spec.num_slices), (17, spec.group, few), (24, spec.group, few)):
         case = integer_case(spec, tokens, n, k, bias=True)
         wanted = replace(case, counts=case.counts.clamp(max=most)).expected(torch.float32)
         assert torch.equal(run(needed(case, most)), wanted)
@@ -111,14 +112,15 @@ def test_chains_that_come_out_even_and_chains_that_do_not(tokens: int, groups: i
         assert torch.equal(run(case), case.expected(torch.float32))
 
 
+@pytest.mark.parametrize("rows", [(3, 20, 16, 1), (16, 24, 40, 32)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_siblings_read_each_their_own(tokens: int) -> None:
-    cases = [needed(integer_case(SPECS[2], tokens, n, 70, bias=True, seed=n), 2) for n in (3, 20, 16, 1)]
+def test_siblings_read_each_their_own(tokens: int, rows: tuple[int, ...]) -> None:
+    cases = [needed(integer_case(SPECS[2], tokens, n, 70, bias=True, seed=n), 2) for n in rows]
     cases = [replace(case, x=cases[0].x, counts=cases[0].counts) for case in cases]
     columns = zip(*((c.slices, c.scale, c.zero, c.bias) for c in cases), strict=True)
     weights = [list(column) for column in columns]
     ys = wiring.routed_linears(cases[0].x, cases[0].counts, *weights, SPECS[2], Activation.A8)
-    assert [y.shape for y in ys] == [(tokens, n) for n in (3, 20, 16, 1)]
+    assert [y.shape for y in ys] == [(tokens, n) for n in rows]
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 5, 9])

@@ -14,6 +14,7 @@ from mobiquant_compiler.codegen import cache as kernels
 from mobiquant_compiler.codegen.chains import loads_ahead
 from mobiquant_compiler.codegen.configs import Target, TokenClass, fits, kernel_spec, shared_bytes
 from mobiquant_compiler.codegen.device import all_shared
+from mobiquant_compiler.codegen.one_token import is_rolled
 from mobiquant_compiler.codegen.signature import Dtypes, parameter_type
 from mobiquant_compiler.codegen.specialise import bindings, template_path
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
@@ -38,6 +39,7 @@ KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
     "one_token": (MMA, ONE, {"has_bias": True}),
     "one_token_a8": (MMA, ONE, {"activation": Activation.A8}),
     "one_token_siblings": (MMA, ONE, {"parts": 3}),
+    "one_token_rows_by_eights": (MMA, ONE, {"row_unit": 8, "has_bias": True}),
     "many_tokens": (MMA, MANY, {}),
     "many_tokens_siblings": (MMA, MANY, {"parts": 4, "has_bias": True}),
     "two_blocks": (MMA, TokenClass.SOME, {}),
@@ -128,22 +130,48 @@ def word_bytes(spec: KernelSpec) -> int:
 
 
 def copies(spec: KernelSpec, count: int, *, alike: bool = True) -> int:
-    """Return how often a step stands in the body of a count: the last one apart, where loads run ahead of products."""
-    one = spec.block_m == 1 and all_shared(spec.widths, str(spec.layout), spec.group)
-    blocks = (spec.block_m + 7) // 8
-    steps = (spec.k // spec.group + 15) // 16
-    return 1 + loads_ahead(spec.row_tiles, blocks, one, alike, sum(spec.widths[:count]), steps)
+    """Return how often a step stands in the body of a count: twice where its first or last is not one of a loop's."""
+    steps, bits = (spec.k // spec.group + 15) // 16, sum(spec.widths[:count])
+    if spec.block_m == 1 and all_shared(spec.widths, str(spec.layout), spec.group):
+        return 1 if steps == 1 or is_rolled(bits, steps) else 2
+    return 1 + loads_ahead(spec.row_tiles, (spec.block_m + 7) // 8, alike, bits, steps)
 
 
-@pytest.mark.parametrize(
-    ("layout", "tokens"), [(Layout.SLICE_MAJOR, ONE), (Layout.SLICE_MAJOR, MANY), (Layout.BIT_MAJOR, MANY)]
-)
-def test_loads_of_words_grow_linearly_with_the_slices_used(layout: Layout, tokens: TokenClass) -> None:
-    """A kernel has bodies by slice count; what a further slice adds grows by one slice's words a time.
+@pytest.mark.parametrize("k", [2048, 4096, 8192])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_one_token_asks_for_the_base_slice_before_it_knows_the_count(layout: Layout, k: int) -> None:
+    """Once for all bodies; what a body asks for besides are the other slices of a first step, and all of a loop's."""
+    spec = kernel_spec(MMA, SliceSpec((2,) * 4, 128, layout), k, ONE, Target.of(90), row_unit=8)
+    before, bodies = re.split(r"\bbrx?\b|\bbra\b", ptx_of(spec), maxsplit=1)
+    own = 2 * 16  # bytes that a lane loads of a slice of a pair of groups, for two rows
+    in_bodies = 0
+    for count in range(1, 5):
+        looped, apart = k > 2048, copies(spec, count) == 2 or k == 2048
+        in_bodies += looped * count + apart * (count - 1)
+    loaded = [sum(4 * int(lanes or 1) for lanes in WORDS.findall(text)) for text in (before, bodies)]
+    assert loaded == [own, in_bodies * own]
 
-    Of one token in bit_major LLVM takes two loads that bodies have in common out of them.
-    """
-    specs = [multiply_spec(SliceSpec((2,) * slices, 128, layout), tokens) for slices in range(1, 5)]
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_one_token_asks_for_all_of_a_step_before_it_multiplies_the_one_before(slices: int) -> None:
+    """Loads share the counters that a warp waits by: what is asked for late comes with the words of the next step."""
+    ptx = ptx_of(kernel_spec(MMA, SliceSpec((2,) * slices, 128), 8192, ONE, Target.of(90), row_unit=8))
+    blocks = re.split(r"^(\$L__BB\d+_\d+):", ptx, flags=re.MULTILINE)
+    after = zip(blocks[1::2], blocks[2::2], strict=True)
+    cut = (re.split(rf"bra\s+{re.escape(label)};", text) for label, text in after)
+    loops = [parts[0] for parts in cut if len(parts) > 1]
+    assert len(loops) == slices
+    asked = {body.count("ld.global") for body in loops}
+    assert asked == {10 + 2 * count for count in range(1, slices + 1)}
+    for body in loops:
+        order = re.findall(r"ld\.global|mma\.sync", body)
+        assert order.index("mma.sync") == order.count("ld.global")
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_loads_of_words_grow_linearly_with_the_slices_used(layout: Layout) -> None:
+    """A kernel has bodies by slice count; what a further slice adds grows by one slice's words a time."""
+    specs = [multiply_spec(SliceSpec((2,) * slices, 128, layout), MANY) for slices in range(1, 5)]
     bodies = [b - a for a, b in pairwise([0, *map(word_bytes, specs)])]
     times = [copies(specs[-1], count) for count in range(1, 5)]
     assert not any(body % often for body, often in zip(bodies, times, strict=True))

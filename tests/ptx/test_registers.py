@@ -46,12 +46,10 @@ def disassembled(spec: KernelSpec, cc: int, cuobjdump: str, what: str) -> str:
     return subprocess.run([cuobjdump, what, str(path)], capture_output=True, text=True, check=True).stdout
 
 
-def shipped(weight: SliceSpec, tokens: int, cc: int, activation: Activation = Activation.A16) -> KernelSpec:
+def shipped(weight: SliceSpec, tokens: int, cc: int, k: int = 8192, **options: Any) -> KernelSpec:
     """Return the kernel that the table names, with a bias; of so many columns that each chain is a loop."""
     token_class, target = TokenClass.of(tokens), Target.of(cc)
-    return kernel_spec(
-        Family.SLICED_MMA, weight, 8192, token_class, target, n=4096, activation=activation, has_bias=True
-    )
+    return kernel_spec(Family.SLICED_MMA, weight, k, token_class, target, n=4096, has_bias=True, **options)
 
 
 def loops(sass: str, holding: str = "") -> Iterator[list[str]]:
@@ -86,6 +84,13 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
         stored, loaded = spills(body)
         assert stored <= 0.01 * len(body), f"{stored} stores of {len(body)} instructions"
         assert loaded <= 0.02 * len(body), f"{loaded} loads of {len(body)} instructions"
+
+
+@pytest.mark.parametrize("k", [4096, 8192, 14336, 28672])
+def test_one_token_of_rows_by_eights_has_nothing_in_local_memory(k: int, cuobjdump: str) -> None:
+    sass = disassembled(shipped(SliceSpec(), 1, 90, k, row_unit=8), 90, cuobjdump, "-sass")
+    assert "IMMA" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
 def resident(k: int, **options: Any) -> KernelSpec:

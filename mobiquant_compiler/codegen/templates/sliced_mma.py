@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mobiquant_compiler.codegen import device, fragments, parts, tiles
+from mobiquant_compiler.codegen import device, fragments, one_token, parts, tiles
 
 
 @triton.jit
@@ -57,10 +57,8 @@ def multiply_by_count(
     weight is (slices, scale, zero, bias), and tile (pointer to counts, output, first row, thread numbers, tokens, rows
     in all).
     """
-    # One token needs no share of words between lanes where a quad multiplies two groups at once.
-    ONE: tl.constexpr = BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP)
     # A body per largest count where that is little code: its loads then stand in one row, with no branch between them.
-    BODIES: tl.constexpr = ONE or NUM_SLICES <= 4
+    BODIES: tl.constexpr = NUM_SLICES <= 4
     # ptxas keeps what tells bodies apart in local memory, whose first read comes from far away, unless nothing stands
     # behind a body. Chains of three to eight steps are left as they are: their loops then have more loads from there
     # than that is worth. (Longer ones were measured with groups of 128.)
@@ -84,7 +82,6 @@ def multiply_by_count(
                     ROW_TILES,
                     count,
                     BODIES,
-                    ONE,
                     alike == 1,
                     WIDTHS,
                     GROUP,
@@ -97,6 +94,53 @@ def multiply_by_count(
                 )
                 if LAST:
                     fragments.end_program(most)
+
+
+@triton.jit
+def multiply_tokens(
+    acts,
+    weight,
+    tile,
+    WIDTHS: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Multiply a program's tokens by its rows; one token in its own way, where a quad multiplies two groups at once.
+
+    weight and tile are those of `multiply_by_count`. One token needs no share of words between lanes then.
+    """
+    if BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
+        one_token.multiply_program(
+            acts, weight, tile, WIDTHS, NUM_SLICES, GROUP, LAYOUT, K_PADDED, ACTIVATION, HAS_BIAS, ROW_UNIT, EMULATE
+        )
+    else:
+        multiply_by_count(
+            acts=acts,
+            weight=weight,
+            tile=tile,
+            WIDTHS=WIDTHS,
+            NUM_SLICES=NUM_SLICES,
+            GROUP=GROUP,
+            LAYOUT=LAYOUT,
+            K_PADDED=K_PADDED,
+            ACTIVATION=ACTIVATION,
+            HAS_BIAS=HAS_BIAS,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            ROW_TILES=ROW_TILES,
+            OVERLAP=OVERLAP,
+            EMULATE=EMULATE,
+        )
 
 
 # Arguments of which no value changes an instruction here are left out of what Triton makes variants of.
@@ -145,6 +189,7 @@ def sliced_mma(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -191,6 +236,9 @@ def sliced_mma(
     rows_here = parts.of_part(part, rows)
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
+    if ROW_UNIT > 1:
+        # The last program of a weight begins where it has all its rows, some of which the one before writes as well.
+        program_row = tl.minimum(program_row, rows_here - BLOCK_N)
     if OVERLAP:
         # Let the next kernel begin, or, where programs have many tokens, later: what comes early would take turns with
         # them. Have the base slice come near while the kernel before ends; only then read its work.
@@ -201,7 +249,7 @@ def sliced_mma(
                 weight[0], program_row, tid, rows_here, WIDTHS, LAYOUT, K_PADDED, BLOCK_N, PREFETCH, EMULATE
             )
         gdc_wait()
-    multiply_by_count(
+    multiply_tokens(
         acts=(high_ptr, low_ptr, affine_ptr),
         weight=weight,
         tile=(counts_ptr, parts.of_part(part, y_ptrs), program_row, tid, tokens, rows_here),
@@ -215,6 +263,7 @@ def sliced_mma(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         ROW_TILES=ROW_TILES,
+        ROW_UNIT=ROW_UNIT,
         OVERLAP=OVERLAP,
         EMULATE=EMULATE,
     )
