@@ -52,6 +52,13 @@ class UnknownPass(ConfigError):
     message = "passes: no pass is named {name!r}; known passes are {known}. `mobiquant passes` lists them."
 
 
+class BrokenPass(ConfigError):
+    message = (
+        "passes: {name!r} is registered as {target!r}, which cannot be used: {reason}; wanted 'module:Class' of a "
+        "dataclass with `name`, `after` and `run`. Mend or uninstall the plugin that brings it."
+    )
+
+
 class DuplicatePass(ConfigError):
     message = "passes: {name!r} is registered twice, by {first} and by {second}; rename one, names are the only key."
 

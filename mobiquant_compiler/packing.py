@@ -1,4 +1,4 @@
-"""Packed layouts (design section 4): combined codes to and from int32 words.
+"""Packed layouts: combined codes to and from int32 words.
 
 Both layouts store slice e apart from slice e + 1 in one tensor ``[total_bits, N, K / 32]`` int32: slice e is the
 contiguous run of ``b_e`` leading rows after those of the slices before it, so a prefix of the tensor is a prefix

@@ -208,10 +208,20 @@ def check(
     unasked = [s for s in skipped if s.reason not in (SkipReason.EXCLUDED, SkipReason.NOT_INCLUDED)]
     if strict and unasked:
         raise StrictSkip(count=len(unasked), graph=type(model).__name__, skips="; ".join(map(str, unasked)))
+    _check_patterns(linears, config)
     for name, module in linears.items():
         config.limits(name)
         weight = weight_of(module)
         check_weight(weight, config.spec_for(weight.shape[1]), where=name)
+
+
+def _check_patterns(linears: Mapping[str, nn.Module], config: SliceConfig) -> None:
+    """Refuse a floor or a ceiling for linears that are not there: a slip of the pen would change no precision."""
+    for option in ("floor", "ceiling"):
+        for pattern in getattr(config, option):
+            if not any(matches(name, (pattern,)) for name in linears):
+                wanted = f"a pattern of one of the {len(linears)} linears to slice, as {next(iter(linears))!r}"
+                raise BadOption(where="SliceConfig", name=option, got=pattern, wanted=wanted)
 
 
 def _replace(

@@ -34,7 +34,8 @@ def energy_scores(x: Tensor, router: Sequence[Tensor]) -> Tensor:
     Returns:
         Scores [T, E - 1] float32, falling in e.
 
-    Source: design section 5, ``N sum_g s_g^2 ||x_g||^2 / 12`` times the linear's sensitivity over its parameters.
+    Source: docs/architecture.md, "Router and budget": ``N sum_g s_g^2 ||x_g||^2 / 12`` times the linear's sensitivity
+        over its parameters.
     """
     energy, gain = router
     return (x.float().square() @ energy).unsqueeze(-1) * gain

@@ -1,4 +1,4 @@
-"""MoBiSlice: the arithmetic of residual slices (design section 3; MoBiQuant, arXiv 2602.20191, section 3).
+"""MoBiSlice: the arithmetic of residual slices (MoBiQuant, arXiv 2602.20191, section 3; docs/architecture.md).
 
 A weight becomes one unsigned integer per element, ``Q_E``, whose leading bits are the base slice and whose
 further bits are the residual slices. With ``m_k = b_2 + ... + b_k`` the first k slices give
@@ -108,7 +108,7 @@ def slice_weight(
     Raises:
         WeightError: unsupported dtype or shape, or a value that is not finite.
 
-    Source: MoBiQuant section 3.1 (recursive residual quantization), cells as in design section 3.
+    Source: MoBiQuant section 3.1 (recursive residual quantization), cells as docs/architecture.md has them ("Slices").
     """
     check_weight(weight, spec, where)
     n, k = weight.shape
@@ -174,7 +174,7 @@ def slice_bound(scale: Tensor, spec: SliceSpec, count: int) -> Tensor:
 def output_bound(x: Tensor, scale: Tensor, spec: SliceSpec, count: int) -> Tensor:
     """Return a certain bound on ``|y - y_count|`` per token and output row.
 
-    ``sum_g s_{count,g} / 2 * ||x_g||_1`` for unclipped weights (design section 3).
+    ``sum_g s_{count,g} / 2 * ||x_g||_1`` for unclipped weights.
 
     Shapes: x [T, K]; scale [N, groups]; returns [T, N] float64.
     """

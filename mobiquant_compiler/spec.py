@@ -41,7 +41,7 @@ def split_programs(programs: int, at_once: int, columns: int) -> tuple[int, int,
 
 
 class Layout(StrEnum):
-    """How the codes of a slice lie in memory (design section 4)."""
+    """How the codes of a slice lie in memory; `packing` has the places."""
 
     SLICE_MAJOR = "slice_major"
     BIT_MAJOR = "bit_major"

@@ -1,4 +1,4 @@
-"""Checkpoints of elastic models (design section 9): plain safetensors, checked tensor by tensor, never pickle."""
+"""Checkpoints of elastic models: plain safetensors, checked tensor by tensor, never pickle."""
 
 from mobiquant_compiler.checkpoint.files import FORMAT_VERSION, is_checkpoint, read_manifest
 from mobiquant_compiler.checkpoint.load import load, load_into, read_linears, weight_source

@@ -1,4 +1,4 @@
-"""The files of a checkpoint (design section 9): what config.json says of it, and its safetensors shards.
+"""The files of a checkpoint: what config.json says of it, and its safetensors shards.
 
 Nothing here trusts the files: each number, name, shape and dtype is checked before data is read, and every message
 names the file. `checkpoint` turns what is read into modules.

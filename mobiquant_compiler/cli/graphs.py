@@ -12,7 +12,7 @@ import typer
 from mobiquant_compiler.cli.console import out, positive, progress, show, show_json
 from mobiquant_compiler.cli.emit import TARGET_HELP, check_target, kernels_for
 from mobiquant_compiler.cli.loading import MODEL_HELP, Loaded, load, trace
-from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler.errors import BadOption, BrokenPass
 from mobiquant_compiler.spec import PREFILL_TOKENS
 
 if TYPE_CHECKING:
@@ -117,6 +117,9 @@ def _check_passes(text: str) -> tuple[str, ...]:
     from mobiquant_compiler.passes.registry import load_pass, split_pipeline
 
     names = tuple(split_pipeline(text))
+    if not names:
+        wanted = "names of passes, as 'normalise-linears,bind-slices'; all run without the option"
+        raise BadOption(where="--passes", name="passes", got=text, wanted=wanted)
     for name in names:
         load_pass(name)
     return names
@@ -126,9 +129,13 @@ def passes(as_json: AsJson = False) -> None:
     """List the passes: those of the default pipeline in order, then plugins."""
     from mobiquant_compiler.passes.registry import DEFAULT_PIPELINE, load_pass, pass_names
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in sorted(pass_names(), key=lambda n: DEFAULT_PIPELINE.index(n) if n in DEFAULT_PIPELINE else 1000):
-        graph_pass: Any = load_pass(name)
+        try:
+            graph_pass: Any = load_pass(name)
+        except BrokenPass as broken:  # the others are listed all the same
+            rows.append({"name": name, "about": str(broken)})
+            continue
         options = {field.name: getattr(graph_pass, field.name) for field in dataclasses.fields(graph_pass)}
         rows.append(
             {

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from mobiquant_compiler.errors import BadOption, DuplicatePass, UnknownPass
+from mobiquant_compiler.errors import BadOption, BrokenPass, DuplicatePass, UnknownPass
 from mobiquant_compiler.passes.base import GraphPass
 
 ENTRY_POINTS = "mobiquant_compiler.passes"
@@ -57,22 +57,37 @@ def load_pass(text: str) -> GraphPass:
 
     Raises:
         UnknownPass: no such name.
+        BrokenPass: what a plugin registered under it is no pass.
         BadOption: an option that the pass does not have.
     """
     name, brace, options = text.strip().partition("{")
     target = all_passes().get(name)
     if target is None:
         raise UnknownPass(name=name, known=", ".join(pass_names()))
-    module, _, attribute = target.partition(":")
-    cls: Any = getattr(import_module(module), attribute)
+    cls = _class_of(name, target)
     if brace and not options.endswith("}"):
         raise BadOption(where=f"pass {name}", name="options", got=text, wanted=f"{name}{{option=value}}")
     values = _options(options.removesuffix("}"))
-    known = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+    known = [field.name for field in fields(cls)]
     for option, value in values.items():
         if option not in known:
             raise BadOption(where=f"pass {name}", name=option, got=value, wanted=f"one of {known}")
     return cls(**values)
+
+
+def _class_of(name: str, target: str) -> Any:
+    """Import a pass that a plugin may have registered: whatever it does wrong is named with its name."""
+    module, _, attribute = target.partition(":")
+    try:
+        cls: Any = getattr(import_module(module), attribute)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BrokenPass(name=name, target=target, reason=reason) from error
+    lacks = [part for part in ("name", "after", "run") if not hasattr(cls, part)]
+    if not isinstance(cls, type) or not is_dataclass(cls) or lacks:
+        reason = f"it has no {', '.join(lacks)}" if lacks else "it is no dataclass"
+        raise BrokenPass(name=name, target=target, reason=reason)
+    return cls
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Budget -> thresholds (design section 5): the tables, and the state that all routers of a model share."""
+"""Budget -> thresholds: the tables, and the state that all routers of a model share.
+
+Source: docs/architecture.md, "Router and budget".
+"""
 
 from __future__ import annotations
 

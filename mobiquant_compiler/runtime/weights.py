@@ -1,4 +1,4 @@
-"""Slices of plain weights, looked up by the identity of the run-time weight (design section 6.2).
+"""Slices of plain weights, looked up by the identity of the run-time weight.
 
 A weight that was swapped, loaded or edited in place is seen at the next call: the entry remembers the tensor's
 version, storage and address. Only edits through ``.data`` of the same storage, and of tensors made under

@@ -193,6 +193,17 @@ def test_contradicting_limits_are_refused_before_anything_changes(config, calibr
     assert not elastic_linears(model)
 
 
+@pytest.mark.parametrize("option", ["floor", "ceiling"])
+def test_limits_of_no_linear_are_refused_before_anything_changes(option):
+    model = tiny_lm(1)
+    config = mq.SliceConfig(**{option: {"*.down_proj": 2, "*.dwn_proj": 2}})
+    with pytest.raises(
+        BadOption, match=rf"option '{option}' got '\*\.dwn_proj'; wanted a pattern of one of the 7 linears"
+    ):
+        mq.quantize_(model, config)
+    assert not elastic_linears(model)
+
+
 def test_bad_calibration_tokens_are_refused_before_anything_changes():
     model = tiny_lm(1)
     for bad, error in [

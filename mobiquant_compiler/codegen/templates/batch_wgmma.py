@@ -108,7 +108,7 @@ def batch_wgmma(
         BLOCK_M, sum of N_i / BLOCK_N), each rounded up.
     Numerics: those of `sliced_mma`, to the last bit, within the bounds of `batch_products.grid_of`. Codes of eight bits
         are multiplied less 128, which 128 times the sum of the activations makes up for, exactly.
-    Source: design section 7, integer slices; codes of several slices are one integer, design section 3.
+    Source: docs/architecture.md, "CUDA path"; codes of several slices are one integer ("Slices").
     """
     gl.static_assert(LAYOUT == "slice_major", "slices are packed whole")
     gl.static_assert(WIDTHS == (2,) * NUM_SLICES and NUM_SLICES <= 4, "one to four slices of two bits")

@@ -71,7 +71,7 @@ def dequantize(
         [NUM_SLICES + 1]; counts int32, its first entry; workspace [NUM_SLICES, rows, K_PADDED] with SORTED_ROWS (W_c at
         c - 1), else [rows, K_PADDED]; written. Grid: (rows * K_PADDED / (BLOCK_N * BLOCK_W),).
     Numerics: ``W_c = s_c (Q_c - Z_c)`` in float32, rounded once to the dtype of the workspace.
-    Source: design section 7, prefill; codes of several slices are one integer, design section 3.
+    Source: docs/architecture.md, "CUDA path", prefill; codes of several slices are one integer ("Slices").
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")

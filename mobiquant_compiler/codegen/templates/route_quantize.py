@@ -279,7 +279,7 @@ def route_quantize(
         read for TOKEN_ROWS; the rest: `quantize_columns`. Grid: (T, or with ROUTE alone T / BLOCK_M; with ROUTE one
         that routes, by a network BLOCK_M tokens, and with QUANTIZE K_PADDED / BLOCK_W of as many columns), rounded up.
     Numerics: ``xi = 256 high + low`` (a16) or ``xi = high`` (a8), see `fixed_point`; float32 scores.
-    Source: design sections 5, 7; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
+    Source: docs/architecture.md, "CUDA path"; `reference.energy_scores`, `reference.mlp_scores`, `reference.record`.
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(HIDDEN > 0 or BLOCK_M == 1, "a data-free router has a program for every token")

@@ -205,7 +205,7 @@ def sliced_mma(
         written. Grid: (T / BLOCK_M, sum of N_i / BLOCK_N), each rounded up: programs of the same rows run together.
     Numerics: dot products of a group are exact int32; groups are summed in float32 in an order that depends on the
         number of columns only (`codegen/chains.py`): a token's result is the same bits alone and in any batch.
-    Source: design section 7, integer slices; codes of several slices are one integer, design section 3.
+    Source: docs/architecture.md, "CUDA path"; codes of several slices are one integer ("Slices").
     """
     tl.static_assert(NUM_SLICES >= 1 and NUM_SLICES <= 8, "a code has 1 to 8 slices")
     tl.static_assert(GROUP == 32 or GROUP == 64 or GROUP == 128, "a group has 32, 64 or 128 columns")
