@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -172,11 +172,36 @@ def _interpolate(points: Tensor, values: Tensor, at: float) -> Tensor:
     return values[right - 1] + part * (values[right] - values[right - 1])
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _budget_of(
+    found: Tensor, thresholds: Callable[[float], Tensor], bits_of: Tensor, known: float, low: float, high: float
+) -> float | None:
+    """Return the budget that has these thresholds, `known` if it is one, or None.
+
+    Shapes: found and what `thresholds` gives [R, E - 1]; `bits_of`, likewise, are what each slice costs, by which
+    thresholds of a greater budget let tokens use more.
+    """
+    for bits in (known, low, high):
+        if torch.equal(thresholds(bits), found):
+            return bits
+    for _ in range(60):
+        bits = (low + high) / 2
+        there = thresholds(bits)
+        if torch.equal(there, found):
+            short = (round(bits, digits) for digits in range(6))  # as a user would have said it
+            return next((value for value in short if torch.equal(thresholds(value), found)), bits)
+        fewer, more = (bits_of * (there > found)).sum(), (bits_of * (there < found)).sum()
+        low, high = (bits, high) if bool(fewer > more) else (low, bits)
+    return None
+
+
 class BudgetState:
     """The routers that share one budget, their table, and the budget in force.
 
     Attributes:
-        budget: What users asked for.
         aim: The budget whose thresholds are written: the same, or what `steer` put in its place.
         started: The last budget that `start` was given, None if there was none.
     """
@@ -188,8 +213,17 @@ class BudgetState:
         self.table: BudgetTable = table or StaticTable()
         for router in self.routers:
             router.state = self
-        self.budget = self.aim = self.range[1]
+        self._budget = self.aim = self.range[1]
+        self._written = self._marks()
         _LIVE.add(self)
+
+    @property
+    def budget(self) -> float:
+        """What users asked for; once thresholds came from elsewhere (`load_state_dict`), the budget that has them."""
+        with _LOCK:
+            if not self._is_ours():
+                self._adopt()
+            return self._budget
 
     @property
     def range(self) -> tuple[float, float]:
@@ -213,7 +247,7 @@ class BudgetState:
         self.check(budget)
         with _LOCK:
             self._write(float(budget))
-            self.budget = self.aim
+            self._budget = self.aim
 
     def start(self, budget: float) -> None:
         """Set the budget that an option of compiling asks for, once: later graphs leave what was set since.
@@ -243,6 +277,28 @@ class BudgetState:
         for number, router in enumerate(self.routers):
             router.thresholds.copy_(moved[router.thresholds.device][number])
         self.aim = aim
+        self._written = self._marks()
+
+    def _marks(self) -> list[tuple[weakref.ref[Tensor], int]]:
+        """Return the tensors that hold thresholds, and how often each was written."""
+        return [(weakref.ref(router.thresholds), _version(router.thresholds)) for router in self.routers]
+
+    def _is_ours(self) -> bool:
+        """Say whether nobody else has written thresholds, or put other tensors in their place, since `_write` did."""
+        pairs = zip(self.routers, self._written, strict=True)
+        return all(ref() is r.thresholds and version == _version(r.thresholds) for r, (ref, version) in pairs)
+
+    def _adopt(self) -> None:
+        """Find the budget whose thresholds are there; the one in force stays where no budget has them."""
+        dtype = self.routers[0].thresholds.dtype
+        found = torch.stack([router.thresholds.detach().cpu() for router in self.routers])
+        params = torch.tensor([router.params for router in self.routers], dtype=torch.float64)
+        bits_of = params.unsqueeze(1) * torch.tensor(self.routers[0].widths[1:], dtype=torch.float64)
+        low, high = self.range
+        aim = _budget_of(found, lambda bits: self._thresholds(bits, low, high).to(dtype), bits_of, self.aim, low, high)
+        if aim is not None and aim != self.aim:
+            self._budget = self.aim = aim
+        self._written = self._marks()
 
     def _thresholds(self, budget: float, low: float, high: float) -> Tensor:
         forced, usable = _allowed(self.routers)

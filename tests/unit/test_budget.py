@@ -142,6 +142,52 @@ def test_thresholds_keep_their_addresses(calibrated):
     assert [m.router.thresholds.data_ptr() for m in elastic_linears(calibrated).values()] == before
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bits", [2, 3.7, 8])
+def test_loaded_thresholds_bring_their_budget(bits, assign, tmp_path):
+    first, second = tiny_lm(1), tiny_lm(1)
+    for model in (first, second):
+        mq.quantize_(model, calibration=CALIBRATION)
+    mq.set_budget(first, bits)
+    mq.set_budget(second, 5)
+    second.load_state_dict(first.state_dict(), assign=assign)
+    assert mq.get_budget(second) == bits
+    wanted = [m.router.thresholds.clone() for m in elastic_linears(first).values()]
+    with mq.budget(second, 6):
+        assert mq.get_budget(second) == 6
+    mq.save(second, tmp_path / "saved")
+    assert mq.get_budget(mq.load_into(tiny_lm(1), tmp_path / "saved")) == bits
+    found = [m.router.thresholds for m in elastic_linears(second).values()]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_loaded_thresholds_of_a_static_table_have_a_budget_that_has_them():
+    first, second = tiny_lm(2), tiny_lm(2)
+    for model in (first, second):
+        mq.quantize_(model)
+    mq.set_budget(first, 4.3)
+    second.load_state_dict(first.state_dict())
+    found = mq.get_budget(second)
+    assert found < 8
+    mq.set_budget(second, found)
+    pairs = zip(elastic_linears(first).values(), elastic_linears(second).values(), strict=True)
+    assert all(torch.equal(a.router.thresholds, b.router.thresholds) for a, b in pairs)
+
+
+def test_thresholds_that_no_budget_has_leave_the_one_in_force(calibrated):
+    mq.set_budget(calibrated, 4)
+    routers_of = {m.router for m in elastic_linears(calibrated).values()}
+    for number, router in enumerate(routers_of):
+        router.thresholds.fill_(float(number))
+    assert mq.get_budget(calibrated) == 4
+    mq.set_budget(calibrated, 4)
+
+
+def test_a_model_that_moves_keeps_its_budget(calibrated):
+    mq.set_budget(calibrated, 4.4)
+    assert mq.get_budget(calibrated.double().float()) == 4.4
+
+
 def test_floors_and_ceilings_hold_and_the_average_is_still_met():
     model = tiny_lm(2)
     config = mq.SliceConfig(floor={"layers.1.down_proj": 3}, ceiling={"layers.0.*": 3})
