@@ -78,7 +78,6 @@ def multiply_kernel(
     has_bias: bool = False,
     parts: int = 1,
     scale_bytes: int = 2,
-    row_unit: int = 1,
 ) -> Kernel:
     """Return the kernel that multiplies a class of token counts by weights of `n` output rows together."""
     from mobiquant_compiler.codegen import cache, resident_configs, toolchain
@@ -94,7 +93,6 @@ def multiply_kernel(
             has_bias=has_bias,
             parts=parts,
             scale_bytes=scale_bytes,
-            row_unit=row_unit,
             emulate=toolchain.interpreting(),
             gluon=gluon_refusal() is None,
         )

@@ -189,22 +189,20 @@ def kernels_of(
     if gluon:
         found += _batch_kernels(launch, target, counts)
     for count in _multiplied_by_lanes(launch, target, counts) if gluon else counts:
-        for unit in launch.row_units if count is one else (1,):
-            own = multiply_spec(
-                spec,
-                k,
-                count,
-                target,
-                n=launch.n,
-                activation=launch.activation,
-                has_bias=launch.bias_dtype is not None,
-                parts=launch.parts,
-                scale_bytes=launch.scale_dtype.itemsize,
-                row_unit=unit,
-                emulate=emulate,
-                gluon=gluon,
-            )
-            found.append(own)
+        own = multiply_spec(
+            spec,
+            k,
+            count,
+            target,
+            n=launch.n,
+            activation=launch.activation,
+            has_bias=launch.bias_dtype is not None,
+            parts=launch.parts,
+            scale_bytes=launch.scale_dtype.itemsize,
+            emulate=emulate,
+            gluon=gluon,
+        )
+        found.append(own)
     if workspace:
         for sorted_rows in (True, False):
             found.append(kernel_spec(Family.DEQUANTIZE, spec, k, TokenClass.MANY, target, sorted_rows=sorted_rows))

@@ -214,8 +214,7 @@ class KernelSpec:
         num_stages: NUM_STAGES, of the pipeline of the loop over columns; of activations, where words have their own
             (sliced_wgmma).
         consumers: CONSUMERS, warpgroups that multiply while one warp copies (batch_wgmma, sliced_wgmma).
-        row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma, batch_wgmma, and one token of
-            sliced_mma); above 1 there are 16 rows at least.
+        row_unit: ROW_UNIT, what the number of output rows is a multiple of (sliced_wgmma, batch_wgmma).
         token_rows: TOKEN_ROWS, write tokens as rows of bytes, for batch_wgmma, and not as lanes load them
             (route_quantize).
         overlap: OVERLAP, begin while the kernel before still runs (programmatic dependent launch, sm_90 and later).

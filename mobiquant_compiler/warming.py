@@ -14,7 +14,7 @@ from mobiquant_compiler.kernels import fused_kernel, gather_kernel, target_of
 from mobiquant_compiler.routing import idle_router, prepare, quantize, route
 from mobiquant_compiler.runtime import fused, launch
 from mobiquant_compiler.runtime import prefill as workspace
-from mobiquant_compiler.runtime.launch import Prepared, Weight
+from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Prefill, SliceSpec
 
 
@@ -95,7 +95,9 @@ def _warm_call(
     prepared = prepare(x, *routing, spec, activation)
     launched = 3 + _warm_batches(weights, x, counts, routing, spec, n, activation, units)
     if not kernels.batch_takes_all(*_class_of(weights, x, spec, n)):
-        launched += _warm_lanes(weights, prepared, spec, n, activation, units)
+        kernel = wiring.multiply_kernel_for(weights, x.shape[0], n, x.shape[-1], spec, activation)
+        launch.multiply(kernel, prepared, weights)
+        launched += 1
     if x.shape[0] <= PREFILL_TOKENS:
         return launched
     ways = [Prefill.FULL] if x.is_cuda else []
@@ -106,18 +108,6 @@ def _warm_call(
     if wiring.fused_refusal(x, spec) is not None:
         return launched
     return launched + _warm_fused(weights, x, counts, spec, units, splits)
-
-
-def _warm_lanes(
-    weights: Sequence[Weight], prepared: Prepared, spec: SliceSpec, n: int, activation: Activation, units: Sequence[int]
-) -> int:
-    """Run the kernels of tokens as lanes load them, of one token those for all units of rows; returns how many."""
-    tokens, k = prepared.tokens, prepared.columns
-    taken = units if tokens == 1 else (1,)
-    for unit in taken:
-        kernel = wiring.multiply_kernel_for(weights, tokens, n, k, spec, activation, unit)
-        launch.multiply(kernel, prepared, [_of_rows(weight, 2 * unit, spec, k) for weight in weights])
-    return len(taken)
 
 
 def _warm_batches(

@@ -96,8 +96,7 @@ def _multiply_all(
     if prepared.sums is not None:
         return launch.multiply(_batch_kernel(prepared, weights, spec, activation), prepared, weights)
     n = sum(weight.rows for weight in weights)
-    unit = min(fused.row_unit(weight.rows) for weight in weights)
-    kernel = multiply_kernel_for(weights, prepared.tokens, n, prepared.columns, spec, activation, unit)
+    kernel = multiply_kernel_for(weights, prepared.tokens, n, prepared.columns, spec, activation)
     return launch.multiply(kernel, prepared, weights)
 
 
@@ -111,33 +110,21 @@ def _batch_kernel(prepared: Prepared, weights: Sequence[Weight], spec: SliceSpec
 
 
 def multiply_kernel_for(
-    weights: Sequence[Weight], tokens: int, n: int, k: int, spec: SliceSpec, activation: Activation, unit: int
+    weights: Sequence[Weight], tokens: int, n: int, k: int, spec: SliceSpec, activation: Activation
 ) -> Kernel:
-    """Return the kernel that multiplies so many tokens by weights like these, of `n` output rows together.
-
-    Args:
-        weights: Of which bias and dtypes are looked at.
-        tokens: Of the call.
-        n: Output rows of all.
-        k: Input columns.
-        spec: Widths, group and layout.
-        activation: Fixed-point width of activations.
-        unit: What the rows of every weight are a multiple of (`fused.row_unit`), which one token's kernel is made for.
-    """
+    """Return the kernel that multiplies so many tokens by weights like these, of `n` output rows together."""
     from mobiquant_compiler.codegen.configs import TokenClass
 
-    found = TokenClass.of(max(1, tokens))
     return multiply_kernel(
         spec,
         n,
         k,
-        found,
+        TokenClass.of(max(1, tokens)),
         target_of(weights[0].slices.device),
         activation,
         has_bias=weights[0].bias is not None,
         parts=len(weights),
         scale_bytes=weights[0].scale.element_size(),
-        row_unit=unit if found is TokenClass.ONE else 1,
     )
 
 

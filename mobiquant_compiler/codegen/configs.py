@@ -215,7 +215,6 @@ def kernel_spec(
     long: bool = False,
     sorted_rows: bool = True,
     token_rows: bool = False,
-    row_unit: int = 1,
     emulate: bool = False,
 ) -> KernelSpec:
     """Choose the kernel of `family` for a weight of `k` input columns.
@@ -244,7 +243,6 @@ def kernel_spec(
             block_m=tile.block_m,
             block_n=tile.block_n,
             row_tiles=tile.row_tiles,
-            row_unit=row_unit if mma and tile.block_m == 1 else 1,
             block_w=tile.block_w,
             block_r=tile.block_r if route else 1,
             num_warps=tile.num_warps,

@@ -1,6 +1,7 @@
 """One token times a sliced weight: what a warp asks for and when, and what it adds.
 
-Names are those of `products`. Columns are dealt to chains, and chains added up, as `chains` says, to the same bits.
+acts and weight are tuples of pointers as in `products`, weight with the bias behind. Columns are dealt to chains, and
+chains added up, as `chains` says, to the same bits.
 """
 
 import triton
@@ -22,7 +23,6 @@ def load_step(
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Ask for all that a step of a warp's chain needs, and wait for nothing.
@@ -31,7 +31,10 @@ def load_step(
     Activations that are asked for where they are needed come with the words of the next step, and from as far away.
 
     Args:
-        place: The program's first row, thread numbers, and rows in all.
+        acts: Pointers (high, low, affine).
+        weight: Pointers (slices, scale, zero, bias).
+        place: The program's first row, of which there are 16 from there on, thread numbers, and rows in all.
+        step: Which of the chain's.
         base: Nothing, or what this gave for a COUNT of 1: then only the other slices are asked for.
 
     Returns words, a tuple for each packed unit of row g, then of row g + 8; for each of the rows scales and zero points
@@ -48,8 +51,6 @@ def load_step(
     grids = ()
     for half in tl.static_range(2):
         row = first_row + half * 8
-        if ROW_UNIT == 1:
-            row = tl.minimum(row, n_rows - 1)  # rows past the last are read as the last
         before = ()
         if len(base) > 0:
             before = base[0][half * UNITS : half * UNITS + UNITS]
@@ -137,7 +138,6 @@ def chain_sums(
     GROUP: tl.constexpr,
     K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Sum a warp's chain of pairs of groups, in order, by COUNT slices; returns the sums of rows g and g + 8.
@@ -154,16 +154,14 @@ def chain_sums(
     sums = (zero, zero)
     chunk = base
     if not ROLLED:
-        chunk = load_step(
-            acts, weight, place, 0, base, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, ROW_UNIT, EMULATE
-        )
+        chunk = load_step(acts, weight, place, 0, base, COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE)
     if not ROLLED and not AHEAD:
         sums = add_step(sums, weight, chunk, t, COUNT, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE)
         # Addresses of later steps take no registers while the first is multiplied.
         place = (place[0], fragments.thread_again(place[1], EMULATE), place[2])
     for step in tl.range(0 if ROLLED else 1, STEPS):
         following = load_step(
-            acts, weight, place, step, (), COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, ROW_UNIT, EMULATE
+            acts, weight, place, step, (), COUNT, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE
         )
         if AHEAD:
             sums = add_step(sums, weight, chunk, t, COUNT, WIDTHS, LAYOUT, GROUP, ACTIVATION, EMULATE)
@@ -187,7 +185,6 @@ def multiply_program(
     K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Multiply the only token by a program's 16 rows, by as many slices as it uses, and write the result.
@@ -200,12 +197,10 @@ def multiply_program(
     counts_ptr, y_ptr, program_row, tid, tokens, n_rows = tile
     tl.static_assert(tid.shape[0] == 256, "eight warps multiply one token")
     place = (program_row, tid, n_rows)
-    base = load_step(acts, weight, place, 0, (), 1, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, ROW_UNIT, EMULATE)
+    base = load_step(acts, weight, place, 0, (), 1, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE)
     most = tl.minimum(tl.maximum(tl.load(counts_ptr), 1), NUM_SLICES)
     for count in tl.static_range(1, NUM_SLICES + 1):
         if most == count:
-            sums = chain_sums(
-                acts, weight, place, base, count, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, ROW_UNIT, EMULATE
-            )
+            sums = chain_sums(acts, weight, place, base, count, WIDTHS, LAYOUT, GROUP, K_PADDED, ACTIVATION, EMULATE)
             result = (y_ptr, weight[3], program_row, 0, tokens, n_rows)
             tiles.store_blocks(sums, result, HAS_BIAS, True, 1, 1, 1, 8)

@@ -50,7 +50,6 @@ def multiply_spec(
     has_bias: bool = False,
     parts: int = 1,
     scale_bytes: int = 2,
-    row_unit: int = 1,
     emulate: bool = False,
     gluon: bool = True,
 ) -> KernelSpec:
@@ -66,7 +65,6 @@ def multiply_spec(
         has_bias: Whether a bias is added.
         parts: Weights of the launch.
         scale_bytes: Of a scale.
-        row_unit: What the rows of every weight are a multiple of, for a kernel of one token.
         emulate: For the interpreter, which runs no Gluon.
         gluon: Whether kernels in Gluon can be compiled.
 
@@ -76,9 +74,7 @@ def multiply_spec(
     facts = {"activation": activation, "has_bias": has_bias, "parts": parts}
     resident = serves(weight, n, k, tokens, target, activation=activation, scale_bytes=scale_bytes)
     if emulate or not (resident and gluon):
-        return kernel_spec(
-            Family.SLICED_MMA, weight, k, tokens, target, n=n, row_unit=row_unit, emulate=emulate, **facts
-        )
+        return kernel_spec(Family.SLICED_MMA, weight, k, tokens, target, n=n, emulate=emulate, **facts)
     spec = KernelSpec(
         Family.RESIDENT_MMA,
         *(weight.widths, weight.group, weight.layout, weight.padded(k)),

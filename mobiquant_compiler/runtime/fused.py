@@ -104,8 +104,8 @@ def row_units(n: int, parts: int) -> tuple[int, ...]:
 
 
 def row_unit(n: int) -> int:
-    """Return the ``row_unit`` of the kernel for a weight of `n` rows; kernels of 8 may read 16 rows at a time."""
-    return 1 if n % 8 or n < 16 else 8
+    """Return the ``row_unit`` of the kernel for a weight of `n` rows."""
+    return 1 if n % 8 else 8
 
 
 def gather(

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mobiquant_compiler.errors import TooManyRows
-from mobiquant_compiler.spec import MULTIPROCESSORS, REGISTERS, Activation, Family, KernelSpec
+from mobiquant_compiler.packing import unit_views
+from mobiquant_compiler.spec import MULTIPROCESSORS, REGISTERS, Activation, Family, KernelSpec, SliceSpec
 
 log = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -233,13 +235,16 @@ def multiply(
         TooManyRows: more output rows than a grid has programs for, a million and more.
     """
     spec, tokens, device = kernel.spec, prepared.tokens, prepared.counts.device
+    given = [weight.rows for weight in weights]
+    if spec.family is Family.SLICED_MMA and spec.block_m == 1:
+        weights = [_with_rows(weight, spec) for weight in weights]
     blocks = sum(ceil_div(weight.rows, spec.block_n) for weight in weights)
     if blocks > MOST_BLOCKS:
         rows = sum(weight.rows for weight in weights)
         raise TooManyRows(where="multiply", got=rows, wanted=MOST_BLOCKS * spec.block_n)
     ys = [torch.empty(*prepared.shape, w.rows, dtype=prepared.dtype, device=device) for w in weights]
     if tokens == 0:
-        return ys
+        return [y[..., :rows] for y, rows in zip(ys, given, strict=True)]
     own = _rows_arguments(prepared) if spec.family is Family.BATCH_WGMMA else _lanes_arguments(prepared)
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own |= _weight_arguments(spec, str(number or ""), weight, y)
@@ -250,7 +255,20 @@ def multiply(
         blocks = ceil_div(blocks, max(1, turns))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), tokens=tokens, **own)
-    return ys
+    return [y if y.shape[-1] == rows else y[..., :rows].contiguous() for y, rows in zip(ys, given, strict=True)]
+
+
+def _with_rows(weight: Weight, spec: KernelSpec) -> Weight:
+    """Return a weight of at least the rows of a program, zeros where it lacks any: one token's read them whole."""
+    lacks = max(0, spec.block_n - weight.rows)
+    if not lacks:
+        return weight
+    sliced = SliceSpec(spec.widths, spec.group, spec.layout)
+    views = unit_views(weight.slices, sliced, sliced.num_slices)
+    words = [pad(view, (0, 0, 0, lacks)).flatten() for view in views]
+    slices = torch.cat(words).view(weight.slices.shape[0], spec.block_n, -1)
+    scale, zero = (pad(facts, (0, 0, 0, lacks)) for facts in (weight.scale, weight.zero))
+    return Weight(slices, scale, zero, None if weight.bias is None else pad(weight.bias, (0, lacks)))
 
 
 def programs_at_once(spec: KernelSpec, device: torch.device) -> int:

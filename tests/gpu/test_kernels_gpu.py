@@ -47,7 +47,8 @@ def test_integers_are_exact_over_several_steps(spec: SliceSpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_one_token_is_exact_at_every_count(spec: SliceSpec) -> None:
-    for k, rows in product((K, EVEN_K), (203, 200, 16, 8)):
+    """Of one step, of two and three of which some chains lack the last, of four; one tile of rows, and less."""
+    for k, rows in product((K, UNEVEN_K, 36 * spec.group, 64 * spec.group), (203, 40, 16, 8)):
         case = integer_case(spec, 1, rows, k, bias=True, device="cuda")
         for count in range(1, spec.num_slices + 1):
             case.counts.fill_(count)

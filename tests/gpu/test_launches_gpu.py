@@ -46,7 +46,7 @@ def run(cases: Sequence[Case], activation: Activation = Activation.A16) -> list[
     return wiring.routed_linears(cases[0].x, cases[0].counts, *weights_of(cases), spec, activation, Prefill.EXACT)
 
 
-@pytest.mark.parametrize("rows", [(203, 5), (1, 130, 16), (160, 3, 40, 1), (33, 33, 33, 33)], ids=str)
+@pytest.mark.parametrize("rows", [(203, 5), (1, 130, 16), (160, 3, 40, 1), (33, 33, 33, 33), (16, 24, 40, 31)], ids=str)
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[6]], ids=spec_id)
 def test_weights_of_any_rows_in_one_launch(
     spec: SliceSpec, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -144,7 +144,7 @@ def test_a_linear_takes_them_under_a_graph_whatever_the_counts() -> None:
     tokens = [replace(case, x=case.x[i : i + 1], counts=case.counts[i : i + 1].clone()) for i in range(8)]
     alone = [wiring.routed_linear(*token.arguments, SPEC) for token in tokens]
     counts = case.counts.clone()
-    chosen_for = wiring.multiply_kernel_for([weight_of(case)], 8, 6000, FULL_CHAINS, SPEC, Activation.A16, 8)
+    chosen_for = wiring.multiply_kernel_for([weight_of(case)], 8, 6000, FULL_CHAINS, SPEC, Activation.A16)
     assert chosen_for.spec.family is Family.RESIDENT_MMA
     wiring.routed_linear(*case.arguments, SPEC)
     torch.cuda.synchronize()

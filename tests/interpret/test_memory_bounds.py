@@ -112,7 +112,7 @@ def test_chains_that_come_out_even_and_chains_that_do_not(tokens: int, groups: i
         assert torch.equal(run(case), case.expected(torch.float32))
 
 
-@pytest.mark.parametrize("rows", [(3, 20, 16, 1), (16, 24, 40, 32)], ids=str)
+@pytest.mark.parametrize("rows", [(3, 20, 16, 1), (16, 24, 40, 19), (8, 17)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_siblings_read_each_their_own(tokens: int, rows: tuple[int, ...]) -> None:
     cases = [needed(integer_case(SPECS[2], tokens, n, 70, bias=True, seed=n), 2) for n in rows]

@@ -56,7 +56,7 @@ def run(cases: Sequence[Case], activation: Activation = Activation.A16) -> list[
     return wiring.routed_linears(cases[0].x, cases[0].counts, *weights_of(cases), cases[0].spec, activation, ROUTED)
 
 
-@pytest.mark.parametrize("rows", [(17, 5), (1, 33, 16), (16, 3, 40, 1), (5, 5, 5, 5)], ids=str)
+@pytest.mark.parametrize("rows", [(17, 5), (1, 33, 16), (16, 3, 40, 1), (5, 5, 5, 5), (16, 24, 40, 31)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_weights_of_any_rows_in_one_launch(rows: tuple[int, ...], tokens: int, launches: list[int]) -> None:
     cases = siblings(SPECS[2], tokens, rows, bias=len(rows) % 2 == 0)

@@ -39,7 +39,6 @@ KERNELS: dict[str, tuple[Family, TokenClass, dict[str, Any]]] = {
     "one_token": (MMA, ONE, {"has_bias": True}),
     "one_token_a8": (MMA, ONE, {"activation": Activation.A8}),
     "one_token_siblings": (MMA, ONE, {"parts": 3}),
-    "one_token_rows_by_eights": (MMA, ONE, {"row_unit": 8, "has_bias": True}),
     "many_tokens": (MMA, MANY, {}),
     "many_tokens_siblings": (MMA, MANY, {"parts": 4, "has_bias": True}),
     "two_blocks": (MMA, TokenClass.SOME, {}),
@@ -141,7 +140,7 @@ def copies(spec: KernelSpec, count: int, *, alike: bool = True) -> int:
 @pytest.mark.parametrize("layout", list(Layout))
 def test_one_token_asks_for_the_base_slice_before_it_knows_the_count(layout: Layout, k: int) -> None:
     """Once for all bodies; what a body asks for besides are the other slices of a first step, and all of a loop's."""
-    spec = kernel_spec(MMA, SliceSpec((2,) * 4, 128, layout), k, ONE, Target.of(90), row_unit=8)
+    spec = kernel_spec(MMA, SliceSpec((2,) * 4, 128, layout), k, ONE, Target.of(90))
     before, bodies = re.split(r"\bbrx?\b|\bbra\b", ptx_of(spec), maxsplit=1)
     own = 2 * 16  # bytes that a lane loads of a slice of a pair of groups, for two rows
     in_bodies = 0
@@ -155,7 +154,7 @@ def test_one_token_asks_for_the_base_slice_before_it_knows_the_count(layout: Lay
 @pytest.mark.parametrize("slices", [1, 2])
 def test_one_token_asks_for_all_of_a_step_before_it_multiplies_the_one_before(slices: int) -> None:
     """Loads share the counters that a warp waits by: what is asked for late comes with the words of the next step."""
-    ptx = ptx_of(kernel_spec(MMA, SliceSpec((2,) * slices, 128), 8192, ONE, Target.of(90), row_unit=8))
+    ptx = ptx_of(kernel_spec(MMA, SliceSpec((2,) * slices, 128), 8192, ONE, Target.of(90)))
     blocks = re.split(r"^(\$L__BB\d+_\d+):", ptx, flags=re.MULTILINE)
     after = zip(blocks[1::2], blocks[2::2], strict=True)
     cut = (re.split(rf"bra\s+{re.escape(label)};", text) for label, text in after)

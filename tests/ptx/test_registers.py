@@ -87,8 +87,8 @@ def test_loops_keep_their_work_in_registers(weight: SliceSpec, tokens: int, cuob
 
 
 @pytest.mark.parametrize("k", [4096, 8192, 14336, 28672])
-def test_one_token_of_rows_by_eights_has_nothing_in_local_memory(k: int, cuobjdump: str) -> None:
-    sass = disassembled(shipped(SliceSpec(), 1, 90, k, row_unit=8), 90, cuobjdump, "-sass")
+def test_one_token_has_nothing_in_local_memory(k: int, cuobjdump: str) -> None:
+    sass = disassembled(shipped(SliceSpec(), 1, 90, k), 90, cuobjdump, "-sass")
     assert "IMMA" in sass
     assert not re.search(r"\b(LDL|STL)\b", sass)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
 from mobiquant_compiler.errors import TooManyRows
+from mobiquant_compiler.packing import unit_views
 from mobiquant_compiler.runtime import launch
 from mobiquant_compiler.runtime.launch import Prepared, Weight
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, SliceSpec
@@ -146,7 +147,7 @@ def moved(tensor: Tensor) -> Tensor:
 
 
 def test_what_vector_loads_read_is_packed_and_aligned() -> None:
-    given, many = weight(5, bias=True), kernel(Family.SLICED_MMA, has_bias=True)
+    given, many = weight(17, bias=True), kernel(Family.SLICED_MMA, has_bias=True)
     strided = given.zero.repeat_interleave(2, 1)[:, ::2]
     odd = Weight(moved(given.slices), moved(given.scale), strided, given.bias)
     launch.multiply(many, prepared(1), [odd])
@@ -157,6 +158,27 @@ def test_what_vector_loads_read_is_packed_and_aligned() -> None:
         assert arguments[name].data_ptr() % 16 == 0, name
     launch.multiply(many, prepared(1), [given])
     assert many.launches[1][1]["slices_ptr"] is given.slices, "no copy where none is needed"
+
+
+def test_one_token_meets_a_program_of_rows_at_least() -> None:
+    """Programs of one token compare no row with the last: a weight of fewer has rows of zeros, which nobody sees."""
+    given, one = weight(5, bias=True), kernel(Family.SLICED_MMA, has_bias=True)
+    (y,) = launch.multiply(one, prepared(1), [given])
+    assert y.shape[-1] == 5
+    assert y.is_contiguous()
+    ((grid, arguments),) = one.launches
+    assert grid == (1, 1)
+    assert arguments["n_rows"] == 16
+    views = unit_views(arguments["slices_ptr"], SPEC, SPEC.num_slices)
+    for view, own in zip(views, unit_views(given.slices, SPEC, SPEC.num_slices), strict=True):
+        assert torch.equal(view[:5], own)
+        assert not view[5:].any()
+    for name, own in (("scale_ptr", given.scale), ("zero_ptr", given.zero), ("bias_ptr", given.bias)):
+        assert torch.equal(arguments[name][:5], own)
+        assert not arguments[name][5:].any()
+    few = kernel(Family.SLICED_MMA, 2, has_bias=True)
+    launch.multiply(few, prepared(2), [given])
+    assert few.launches[0][1]["n_rows"] == 5, "blocks of tokens compare"
 
 
 def test_counts_follow_from_offsets() -> None:

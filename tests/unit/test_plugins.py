@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from mobiquant_compiler.errors import BrokenPass
 from mobiquant_compiler.passes import DEFAULT_PIPELINE, registry
 
 Run = Callable[..., tuple[int, str, str]]
@@ -44,5 +45,7 @@ def test_a_plugin_that_cannot_be_used_costs_its_own_row(
     assert [other["name"] for other in others] == list(DEFAULT_PIPELINE)
     assert row["name"] == "polish"
     assert reason in row["about"]
+    with pytest.raises(BrokenPass):
+        registry.load_pass("polish")
     said = fails("explain", elastic, "-p", "polish")
     assert f"'polish' is registered as {target!r}, which cannot be used: {reason}" in said

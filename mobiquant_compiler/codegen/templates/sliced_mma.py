@@ -111,7 +111,6 @@ def multiply_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
     OVERLAP: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
@@ -121,7 +120,7 @@ def multiply_tokens(
     """
     if BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
         one_token.multiply_program(
-            acts, weight, tile, WIDTHS, NUM_SLICES, GROUP, LAYOUT, K_PADDED, ACTIVATION, HAS_BIAS, ROW_UNIT, EMULATE
+            acts, weight, tile, WIDTHS, NUM_SLICES, GROUP, LAYOUT, K_PADDED, ACTIVATION, HAS_BIAS, EMULATE
         )
     else:
         multiply_by_count(
@@ -189,7 +188,6 @@ def sliced_mma(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -199,6 +197,8 @@ def sliced_mma(
 
     A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
     one or two tiles of 16 rows, all tokens, and its share of the eight chains.
+
+    One token wants at least BLOCK_N rows a weight (`launch.multiply` sees to it): none is compared with the last.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
@@ -217,6 +217,7 @@ def sliced_mma(
     tl.static_assert(
         2 * ROW_TILES * NUM_WARPS <= BLOCK_N and 8 * ROW_TILES * NUM_WARPS >= BLOCK_N, "2 to 8 warps share"
     )
+    tl.static_assert(BLOCK_M > 1 or BLOCK_N == 16, "a program has 16 rows of one token")
     tl.static_assert(K_PADDED % GROUP == 0, "columns are padded to whole groups")
     rows = of_each(p0=n_rows, p1=n1_rows, p2=n2_rows, p3=n3_rows, PARTS=PARTS)
     slices_ptrs = of_each(p0=slices_ptr, p1=slices1_ptr, p2=slices2_ptr, p3=slices3_ptr, PARTS=PARTS)
@@ -236,7 +237,7 @@ def sliced_mma(
     rows_here = parts.of_part(part, rows)
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
-    if ROW_UNIT > 1:
+    if BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
         # The last program of a weight begins where it has all its rows, some of which the one before writes as well.
         program_row = tl.minimum(program_row, rows_here - BLOCK_N)
     if OVERLAP:
@@ -263,7 +264,6 @@ def sliced_mma(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         ROW_TILES=ROW_TILES,
-        ROW_UNIT=ROW_UNIT,
         OVERLAP=OVERLAP,
         EMULATE=EMULATE,
     )
