@@ -28,6 +28,8 @@ _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Sub
 
 def bindings(spec: KernelSpec) -> dict[str, Value]:
     """Return the value of every constexpr a template may ask for, by its upper-case name."""
+    from mobiquant_compiler.codegen.device import all_shared  # brings triton
+
     return {
         "WIDTHS": spec.widths,
         "NUM_SLICES": len(spec.widths),
@@ -51,6 +53,7 @@ def bindings(spec: KernelSpec) -> dict[str, Value]:
         "NUM_WARPS": spec.num_warps,
         "COLUMNS": spec.columns,
         "ROW_UNIT": spec.row_unit,
+        "ONE": spec.block_m == 1 and bool(all_shared(spec.widths, str(spec.layout), spec.group)),
         "NUM_STAGES": spec.num_stages,
         "CONSUMERS": spec.consumers,
         "TOKEN_ROWS": spec.token_rows,

@@ -111,6 +111,7 @@ def multiply_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    ONE: tl.constexpr,
     OVERLAP: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
@@ -118,7 +119,7 @@ def multiply_tokens(
 
     weight and tile are those of `multiply_by_count`. One token needs no share of words between lanes then.
     """
-    if BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
+    if ONE:
         one_token.multiply_program(
             acts, weight, tile, WIDTHS, NUM_SLICES, GROUP, LAYOUT, K_PADDED, ACTIVATION, HAS_BIAS, EMULATE
         )
@@ -188,6 +189,7 @@ def sliced_mma(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    ONE: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -195,10 +197,8 @@ def sliced_mma(
 ):
     """Multiply tokens by one to four weights, of as many slices as each token's count says, read on the device.
 
-    A program multiplies BLOCK_M tokens by BLOCK_N rows; it reads slices up to the largest count among them. A warp has
-    one or two tiles of 16 rows, all tokens, and its share of the eight chains.
-
-    One token wants at least BLOCK_N rows a weight (`launch.multiply` sees to it): none is compared with the last.
+    A program multiplies BLOCK_M tokens by BLOCK_N rows (of ONE, weights have as many) by slices up to the largest count
+    among them. A warp has one or two tiles of 16 rows, all tokens, and its share of the eight chains.
 
     Shapes: high, low int32 words and affine float32 as `route_quantize` writes them; counts int32 [T]; per weight i
         slices int32 [total_bits, N_i, K_PADDED / 32], scale, zero [N_i, K_PADDED / GROUP], bias [N_i], y [T, N_i],
@@ -237,8 +237,8 @@ def sliced_mma(
     rows_here = parts.of_part(part, rows)
     tid = tl.arange(0, 32 * NUM_WARPS)
     program_row = rows_block * BLOCK_N
-    if BLOCK_M == 1 and device.all_shared(WIDTHS, LAYOUT, GROUP):
-        # The last program of a weight begins where it has all its rows, some of which the one before writes as well.
+    if ONE:
+        # The last program of a weight begins where it has all its rows: the one before writes some as well.
         program_row = tl.minimum(program_row, rows_here - BLOCK_N)
     if OVERLAP:
         # Let the next kernel begin, or, where programs have many tokens, later: what comes early would take turns with
@@ -264,6 +264,7 @@ def sliced_mma(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         ROW_TILES=ROW_TILES,
+        ONE=ONE,
         OVERLAP=OVERLAP,
         EMULATE=EMULATE,
     )
