@@ -279,17 +279,19 @@ class BudgetState:
         self.aim = aim
         self._written = self._marks()
 
-    def _marks(self) -> list[tuple[weakref.ref[Tensor], int]]:
+    def _marks(self) -> list[tuple[Tensor, int]]:
         """Return the tensors that hold thresholds, and how often each was written."""
-        return [(weakref.ref(router.thresholds), _version(router.thresholds)) for router in self.routers]
+        return [(router.thresholds, _version(router.thresholds)) for router in self.routers]
 
     def _is_ours(self) -> bool:
         """Say whether nobody else has written thresholds, or put other tensors in their place, since `_write` did."""
-        pairs = zip(self.routers, self._written, strict=True)
-        return all(ref() is r.thresholds and version == _version(r.thresholds) for r, (ref, version) in pairs)
+        pairs = zip(self._marks(), self._written, strict=True)
+        return all(now is then and version == before for (now, version), (then, before) in pairs)
 
     def _adopt(self) -> None:
         """Find the budget whose thresholds are there; the one in force stays where no budget has them."""
+        if any(router.thresholds.is_meta for router in self.routers):
+            return
         dtype = self.routers[0].thresholds.dtype
         found = torch.stack([router.thresholds.detach().cpu() for router in self.routers])
         params = torch.tensor([router.params for router in self.routers], dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import threading
 
 import numpy as np
@@ -186,6 +188,18 @@ def test_thresholds_that_no_budget_has_leave_the_one_in_force(calibrated):
 def test_a_model_that_moves_keeps_its_budget(calibrated):
     mq.set_budget(calibrated, 4.4)
     assert mq.get_budget(calibrated.double().float()) == 4.4
+    assert mq.get_budget(copy.deepcopy(calibrated).to("meta")) == 4.4, "where there are no thresholds to read"
+
+
+def test_copied_and_pickled_models_have_a_budget_of_their_own(calibrated):
+    mq.set_budget(calibrated, 4.4)
+    file = io.BytesIO()
+    torch.save(calibrated, file)
+    file.seek(0)
+    for other in (copy.deepcopy(calibrated), torch.load(file, weights_only=False)):
+        assert mq.get_budget(other) == 4.4
+        mq.set_budget(other, 3)
+        assert (mq.get_budget(other), mq.get_budget(calibrated)) == (3, 4.4)
 
 
 def test_floors_and_ceilings_hold_and_the_average_is_still_met():
