@@ -234,17 +234,25 @@ def multiply(
     Raises:
         TooManyRows: more output rows than a grid has programs for, a million and more.
     """
+    spec = kernel.spec
+    if spec.family is Family.SLICED_MMA and spec.block_m == 1 and any(w.rows < spec.block_n for w in weights):
+        ys = _multiply_whole(kernel, prepared, [_with_rows(weight, spec) for weight in weights], at_once)
+        return [y[..., : weight.rows].contiguous() for y, weight in zip(ys, weights, strict=True)]
+    return _multiply_whole(kernel, prepared, weights, at_once)
+
+
+def _multiply_whole(
+    kernel: LaunchableKernel, prepared: Prepared, weights: Sequence[Weight], at_once: int | None
+) -> list[Tensor]:
+    """Do what `multiply` says, with weights of as many rows as a program reads."""
     spec, tokens, device = kernel.spec, prepared.tokens, prepared.counts.device
-    given = [weight.rows for weight in weights]
-    if spec.family is Family.SLICED_MMA and spec.block_m == 1:
-        weights = [_with_rows(weight, spec) for weight in weights]
     blocks = sum(ceil_div(weight.rows, spec.block_n) for weight in weights)
     if blocks > MOST_BLOCKS:
         rows = sum(weight.rows for weight in weights)
         raise TooManyRows(where="multiply", got=rows, wanted=MOST_BLOCKS * spec.block_n)
     ys = [torch.empty(*prepared.shape, w.rows, dtype=prepared.dtype, device=device) for w in weights]
     if tokens == 0:
-        return [y[..., :rows] for y, rows in zip(ys, given, strict=True)]
+        return ys
     own = _rows_arguments(prepared) if spec.family is Family.BATCH_WGMMA else _lanes_arguments(prepared)
     for number, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own |= _weight_arguments(spec, str(number or ""), weight, y)
@@ -255,13 +263,13 @@ def multiply(
         blocks = ceil_div(blocks, max(1, turns))
     with _current(prepared.counts):
         kernel.launch((ceil_div(tokens, spec.block_m), blocks), tokens=tokens, **own)
-    return [y if y.shape[-1] == rows else y[..., :rows].contiguous() for y, rows in zip(ys, given, strict=True)]
+    return ys
 
 
 def _with_rows(weight: Weight, spec: KernelSpec) -> Weight:
-    """Return a weight of at least the rows of a program, zeros where it lacks any: one token's read them whole."""
-    lacks = max(0, spec.block_n - weight.rows)
-    if not lacks:
+    """Return a weight of at least the rows of a program, zeros where it lacks any: one token's compare none."""
+    lacks = spec.block_n - weight.rows
+    if lacks <= 0:
         return weight
     sliced = SliceSpec(spec.widths, spec.group, spec.layout)
     views = unit_views(weight.slices, sliced, sliced.num_slices)
