@@ -138,7 +138,7 @@ def resident_tokens(device: str) -> list[str]:
     chosen = kernels.multiply_kernel(SPECS[0], 4_333, 3_000, TokenClass.FEW, target, Activation.A16)
     if chosen.spec.family is not Family.RESIDENT_MMA:
         print("resident: not on this device; the same calls take a program for each tile of rows")
-    for n, k in ((4_333, 3_000), (4_250, 8_192)):
+    for n, k in ((4_333, 3_000), (4_250, 8_192), (4_250, 9_216)):
         case = integer_case(SPECS[0], 7, n, k, bias=True, largest=1, device=device)
         for count in (None, 1, 2, 3, 4):
             if count is not None:

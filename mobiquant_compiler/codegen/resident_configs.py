@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mobiquant_compiler.codegen.configs import Target, TokenClass, choose, kernel_spec, prefetched
+from mobiquant_compiler.codegen.configs import Target, TokenClass, choose, kernel_spec
 from mobiquant_compiler.codegen.resident_layout import ResidentLayout
 from mobiquant_compiler.spec import MULTIPROCESSORS, Activation, Family, KernelSpec, SliceSpec
 
 _ON = 90  # compute capability where it was measured; others may have less shared memory
 _GROUP = 128
-_MOST_COLUMNS = 8192  # that were measured
+_FEWEST_ROWS, _MANY_ROWS = 512, 2 * 16 * MULTIPROCESSORS + 1  # the least measured; more tiles than teams
+_LONG = 4  # steps of a tile from which it is faster whatever the rows
 _WARPS, _REGISTERS = 16, 128  # all registers of a multiprocessor
 _TOKENS, _ROWS = 8, 16  # of a tile
 
@@ -25,8 +26,8 @@ def serves(
 ) -> bool:
     """Say whether resident_mma is there for a call, and faster than a program for each tile of rows; pure.
 
-    Measured on an H100: it is where there are more tiles than teams, two for each multiprocessor. Shared memory must
-    hold the activations of eight tokens; scales are copied 16 bytes at a time; a ring may hold two steps of a tile.
+    Measured on an H100 and an H200: it is where there are more tiles than teams, two for each multiprocessor, and with
+    long rows wherever it was measured. Scales are copied 16 bytes at a time; a ring may hold two steps of a tile.
     """
     if target.cc != _ON or tokens is not TokenClass.FEW or not weight.in_bit_pairs or weight.group != _GROUP:
         return False
@@ -35,8 +36,8 @@ def serves(
     groups = weight.padded(k) // _GROUP
     layout = ResidentLayout(groups, scale_bytes, 2 if activation is Activation.A16 else 1)
     copied = layout.steps > 1 and groups % 2 == 0 and groups * scale_bytes % 16 == 0
-    rows = n > 2 * _ROWS * MULTIPROCESSORS
-    return copied and rows and k <= _MOST_COLUMNS and layout.fits(weight.num_slices)
+    rows = n >= (_MANY_ROWS if layout.steps < _LONG else _FEWEST_ROWS)
+    return copied and rows and layout.fits(weight.num_slices)
 
 
 def multiply_spec(
@@ -82,7 +83,8 @@ def multiply_spec(
         block_n=_ROWS,
         num_warps=_WARPS,
         overlap=True,
-        prefetch=prefetched(weight, n, k, tokens),
+        prefetch=16
+        * _GROUP,  # a step: what comes later would be asked for twice, and stand before what is needed first
         max_registers=_REGISTERS,
         **facts,
     )

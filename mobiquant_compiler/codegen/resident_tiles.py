@@ -16,8 +16,8 @@ from mobiquant_compiler.codegen import (
     chains,
     copy_engine,
     fragments,
+    held_tokens,
     parts,
-    products,
     rings,
     shared_memory,
     steps,
@@ -32,17 +32,10 @@ SUMS = tl.constexpr(SUMS_BYTES)
 RINGS = tl.constexpr(RINGS_AT)
 
 
-@triton.constexpr_function
-def groups_of(step, groups):
-    """Return how many of the groups a step has."""
-    return min(16, groups - 16 * step)
-
-
 @triton.jit
-def begin_barriers(ready, tid, GROUPS: tl.constexpr):
+def begin_barriers(ready, tid, PLACES: tl.constexpr, GROUPS: tl.constexpr):
     """Begin all barriers; nothing is copied before."""
-    for step in tl.static_range((GROUPS + 15) // 16):
-        copy_engine.begin_barrier(ready + step * 8, tid == 0)
+    held_tokens.begin_barriers(ready, tid, PLACES, GROUPS)
     for slot in tl.static_range(2):
         copy_engine.begin_barrier(ready + RINGS + tid // 32 * 16 + slot * 8, tid % 32 == 0)
     copy_engine.barriers_are_begun(tid)
@@ -50,32 +43,21 @@ def begin_barriers(ready, tid, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def copy_activations(
-    base, ready, acts, tid, FIRST: tl.constexpr, LAST: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr
-):
-    """Begin to copy eight tokens of steps FIRST to LAST - 1: high halves, low ones, steps and shifts, as they lie."""
-    mine = tid == 0
-    for step in tl.static_range(FIRST, LAST):
-        full = ready + step * 8 + tid * 0
-        copy_engine.announce(full, groups_of(step, GROUPS) * (1024 * HALVES + 64) + tid * 0, mine)
-        for half in tl.static_range(HALVES):
-            to = base + half * (GROUPS * 1024) + step * 16384
-            copy_engine.copy_run(to, acts[half] + step * 4096, full, groups_of(step, GROUPS) * 1024, mine)
-        to = base + HALVES * (GROUPS * 1024) + step * 1024
-        copy_engine.copy_run(to, acts[2] + step * 256, full, groups_of(step, GROUPS) * 64, mine)
+def ask_first(acts, weights, base, ready, tid, SLICES: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr):
+    """Ask for what comes first, whatever the slice counts, which are under way.
 
-
-@triton.jit
-def read_group(base, group, lane, GROUPS: tl.constexpr, HALVES: tl.constexpr):
-    """Read what there is of eight tokens and a group of 128 columns, as `products.load_all` loads it."""
-    group = products.existing(group, GROUPS)
-    at = base + group * 1024 + lane * 16
-    high = shared_memory.read_four(at) + shared_memory.read_four(at + 512)
-    low = high
-    if HALVES == 2:
-        low = shared_memory.read_four(at + GROUPS * 1024) + shared_memory.read_four(at + (GROUPS * 1024 + 512))
-    facts = shared_memory.read_four(base + HALVES * (GROUPS * 1024) + group * 64 + lane % 4 * 16)
-    return high, low, products.as_floats(facts)
+    Those are activations of the first step, or of all steps that have a place where they pass through; the base slice
+    of the first step; scales of the first tile.
+    """
+    SIZE: tl.constexpr = weights[0][0].dtype.element_ty.primitive_bitwidth // 8
+    PLACES: tl.constexpr = rings.laid_out("places", GROUPS, SIZE, HALVES)
+    THERE: tl.constexpr = rings.laid_out("held_groups", GROUPS, SIZE, HALVES)
+    EARLY: tl.constexpr = PLACES if held_tokens.pass_through(PLACES, GROUPS) else 1
+    held_tokens.ask(base, ready, acts, tid, 0, EARLY, THERE, GROUPS, HALVES)
+    ring = rings.ring_of(base, tid, SIZE, GROUPS, HALVES, SLICES)
+    rings.ask_base(ring, ready + RINGS + tid // 32 * 16, weights, tid)
+    facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
+    rings.ask_facts(facts, tl.program_id(1) * 0, weights, tid, GROUPS, HALVES)
 
 
 @triton.jit
@@ -99,6 +81,7 @@ def add_group(
     taken,
     tid,
     given,
+    THERE: tl.constexpr,
     COUNT: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -109,7 +92,7 @@ def add_group(
 ):
     """Add a group to the sums, given what `group_of` returns, steps of the tokens and the largest count."""
     HALVES: tl.constexpr = 2 if ACTIVATION == "a16" else 1
-    now = read_group(base, group, tid % 32, K_PADDED // GROUP, HALVES)
+    now = held_tokens.read_group(base, group, tid % 32, THERE, HALVES)
     return steps.add_group(
         sums,
         (),
@@ -175,6 +158,7 @@ def multiply_step(
     grids,
     tid,
     given,
+    THERE: tl.constexpr,
     COUNT: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -199,6 +183,7 @@ def multiply_step(
                 now,
                 tid,
                 given,
+                THERE,
                 COUNT,
                 ALIKE,
                 WIDTHS,
@@ -217,6 +202,7 @@ def multiply_step(
                 now if which == 0 else following,
                 tid,
                 given,
+                THERE,
                 COUNT,
                 ALIKE,
                 WIDTHS,
@@ -246,7 +232,7 @@ def multiply_tiles(
 ):
     """Multiply up to eight tokens by every tile of 16 rows that is the program's, and write the results.
 
-    Scales of the first turn and activations of the first step have been asked for.
+    What `ask_first` asks for is under way.
 
     Args: acts are the pointers (high, low, affine); given is (pointer to counts, thread numbers, the largest count,
         tokens).
@@ -257,50 +243,53 @@ def multiply_tiles(
     DTYPE: tl.constexpr = weights[0][0].dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     STEPS: tl.constexpr = rings.laid_out("steps", GROUPS, SIZE, HALVES)
+    SLICES: tl.constexpr = len(WIDTHS)
+    PLACES: tl.constexpr = rings.laid_out("places", GROUPS, SIZE, HALVES)
+    THERE: tl.constexpr = rings.laid_out("held_groups", GROUPS, SIZE, HALVES)
     DEPTH: tl.constexpr = rings.laid_out("depth", GROUPS, SIZE, HALVES, COUNT)
     SIDES: tl.constexpr = rings.laid_out("sides", GROUPS, SIZE, HALVES, COUNT)
-    TEAMS_AT: tl.constexpr = rings.laid_out("teams_at", GROUPS, SIZE, HALVES)
-    TEAM_BYTES: tl.constexpr = rings.laid_out("team_bytes", GROUPS, SIZE, HALVES, COUNT)
-    SUMS_FROM: tl.constexpr = TEAMS_AT + rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT)
+    SUMS_FROM: tl.constexpr = rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT)
+    SLOT: tl.constexpr = COUNT * rings.SLICE
     shrinks = ()
     if not ALIKE:
         shrinks = tiles.shrinks_of(counts_ptr, 0, tid % 4, tokens, 1, WIDTHS, False)
-    ring = base + TEAMS_AT + tid // TEAM * TEAM_BYTES + tid % TEAM // 32 * (1024 * COUNT * DEPTH)
+    ring = rings.ring_of(base, tid, SIZE, GROUPS, HALVES, SLICES)
     full = ready + RINGS + tid // 32 * 16
     facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
     zero = tl.program_id(1) * 0
-    rings.ask(ring, full, zero, zero, weights, tid, COUNT, GROUPS)
-    # What the first step needs is not to stand in line behind anything else.
-    copy_engine.wait_for(full, zero)
-    copy_activations(base, ready, acts, tid, 1, STEPS, GROUPS, HALVES)
+    rings.ask(ring, full, zero, zero, weights, tid, 1, COUNT, GROUPS)
+    if not held_tokens.pass_through(PLACES, GROUPS):
+        # What the first step needs is not to stand in line behind all other activations.
+        copy_engine.wait_for(full, zero)
+        held_tokens.ask(base, ready, acts, tid, 1, STEPS, THERE, GROUPS, HALVES)
     for ahead in tl.static_range(1, DEPTH):
-        slot, its = ring + ahead * (1024 * COUNT), full + ahead * 8
-        rings.ask(slot, its, zero, zero + ahead, weights, tid, COUNT, GROUPS)
+        rings.ask(ring + ahead * SLOT, full + ahead * 8, zero, zero + ahead, weights, tid, 0, COUNT, GROUPS)
     shared_memory.wait_for_copies(tid)
     shared_memory.meet(1 + tid // TEAM, TEAM)  # the first scales are others' copies
     slot, parity = zero, zero
     for turn in tl.range(0, parts.blocks_of(weights[4], 16)):
-        tile = rings.tile_of(turn, tid, weights[4])
+        tile = rings.tile_of(turn, tid // TEAM, weights[4])
         shared_memory.leave(tile >= parts.blocks_of(weights[4], 16))
         sums = chains.zeros_for(tid, 4)
         rings.ask_facts(facts, turn + 1, weights, tid, GROUPS, HALVES)
         for step in tl.range(0, STEPS):
-            here, its = ring + slot * (1024 * COUNT), full + slot * 8
+            here, its = ring + slot * SLOT, full + slot * 8
             copy_engine.wait_for(its, parity)
-            copy_engine.wait_for(ready + step * 8 + tid * 0, zero)
+            group = held_tokens.wait_for(ready, turn, step, tid, PLACES, GROUPS)
             words, grids = rings.take(facts, here, turn, step, tid, DTYPE, COUNT, GROUPS, HALVES)
             over = (step + DEPTH >= STEPS).to(tl.int32)
-            rings.ask(here, its, turn + over, step + DEPTH - over * STEPS, weights, tid, COUNT, GROUPS)
+            rings.ask(here, its, turn + over, step + DEPTH - over * STEPS, weights, tid, 0, COUNT, GROUPS)
             slot = (slot + 1) % DEPTH
             parity = tl.where(slot == 0, 1 - parity, parity)
             sums = multiply_step(
                 sums,
                 base,
-                step * 16 + tid % TEAM // 32 * 2,
+                group,
                 words,
                 grids,
                 tid,
                 (shrinks, most),
+                THERE,
                 COUNT,
                 ALIKE,
                 WIDTHS,
@@ -309,10 +298,11 @@ def multiply_tiles(
                 K_PADDED,
                 ACTIVATION,
             )
+            held_tokens.give_back(base, ready, acts, turn, step, weights[4], tid, PLACES, GROUPS, HALVES)
         # The first team without another tile speaks for both: the other one is at its last but one at the earliest.
-        fragments.begin_next(rings.tile_of(turn + 1, tid, weights[4]) >= parts.blocks_of(weights[4], 16))
+        fragments.begin_next(rings.tile_of(turn + 1, tid // TEAM, weights[4]) >= parts.blocks_of(weights[4], 16))
         shared_memory.wait_for_copies(tid)
         again = fragments.thread_again(tid, False)
-        room = base + SUMS_FROM + again // TEAM * TEAM_BYTES + turn % SIDES * SUMS
+        room = rings.ring_of(base, again // TEAM * TEAM, SIZE, GROUPS, HALVES, SLICES) + SUMS_FROM + turn % SIDES * SUMS
         total = add_chains(sums, room, again, SIDES)
         store_tile(total, tile, weights, tokens, again, HAS_BIAS)

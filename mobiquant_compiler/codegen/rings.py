@@ -1,9 +1,9 @@
 """Words of weights that come ahead of the products, by the copy engine, with scales and zero points.
 
 A ring is its warp's own: no other waits for it, and it goes on from one tile of 16 rows to the next. A slot has a pair
-of groups of 16 rows, a box for each slice, and a barrier whose phase ends when all of them are there. Scales and zero
-points of the next tile come meanwhile, all of them at once, copied by the warps of a team; so those know the tile's
-facts after they have met at the end of the one before.
+of groups of 16 rows, a box for each slice, SLICE bytes apart, and a barrier whose phase ends when all of them are
+there. Scales and zero points of the next tile come meanwhile, all of them at once, copied by the warps of a team; so
+those know the tile's facts after they have met at the end of the one before.
 
 Names are those of `products`. A step is a pair of groups for each of eight chains. facts is the address of a team's
 scales (`resident_layout`), tid the numbers of a program's threads. weights are what each weight of the launch has:
@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from mobiquant_compiler.codegen import copy_engine, fragments, parts, shared_memory
-from mobiquant_compiler.codegen.resident_layout import ResidentLayout
+from mobiquant_compiler.codegen.resident_layout import BOXES, ResidentLayout
 
 TEAM = tl.constexpr(256)  # threads
+SLICE = tl.constexpr(BOXES)
 KERNEL = tl.constexpr("resident_mma")  # whose parameters begin with descriptors of the words
 
 
@@ -28,14 +29,14 @@ def laid_out(name, groups, size, halves, count=0):
 
 
 @triton.jit
-def tile_of(turn, tid, rows):
-    """Return a team's tile of a turn, of the tiles of all weights: teams of a program side by side.
+def tile_of(turn, team, rows):
+    """Return the tile of a team (0 or 1) and a turn, of the tiles of all weights: teams of a program side by side.
 
     In the last turn, where there are fewer tiles than teams, each program has one before any has two.
     """
     turns = 2 * tl.num_programs(1)
-    near = tid // TEAM + 2 * tl.program_id(1)
-    far = tid // TEAM * tl.num_programs(1) + tl.program_id(1)
+    near = team + 2 * tl.program_id(1)
+    far = team * tl.num_programs(1) + tl.program_id(1)
     return turn * turns + tl.where((turn + 1) * turns <= parts.blocks_of(rows, 16), near, far)
 
 
@@ -58,9 +59,17 @@ def facts_of(base, tid, SIZE: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.con
 
 
 @triton.jit
+def ring_of(base, tid, SIZE: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr, SLICES: tl.constexpr):
+    """Return where the base slice of a warp's first slot is; SLICES: of the weights."""
+    FROM: tl.constexpr = laid_out("teams_at", GROUPS, SIZE, HALVES)
+    OWN: tl.constexpr = laid_out("team_bytes", GROUPS, SIZE, HALVES, SLICES)
+    return base + FROM + tid // TEAM * OWN + tid % TEAM // 32 * 1024
+
+
+@triton.jit
 def ask_facts(facts, turn, weights, tid, GROUPS: tl.constexpr, HALVES: tl.constexpr):
     """Ask for scales and zero points of a turn's tile: those of even turns on one side, of odd ones on the other."""
-    tile = tile_of(turn, tid, weights[4])
+    tile = tile_of(turn, tid // TEAM, weights[4])
     part, own = parts.which_part(tile, weights[4], 16)
     n_rows = parts.of_part(part, weights[4])
     scale_ptr, zero_ptr = parts.of_part(part, weights[0]), parts.of_part(part, weights[1])
@@ -88,23 +97,34 @@ def descriptors(tid, PARTS: tl.constexpr):
 
 
 @triton.jit
-def ask(slot, full, turn, step, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """Ask for the words of a step of a turn's tile, of COUNT slices, a lane a slice; behind the last nothing comes.
-
-    full: the slot's barrier. Rows behind the weight's last are those of its next slice, or zeros; none is written.
-    Where to find them is computed anew each time: registers that hold it would be missing where groups are multiplied.
-    """
-    tile = tile_of(turn, tid, weights[4])
+def ask_base(slot, full, weights, tid):
+    """Ask for the base slice of the first step of the first tile, before counts are known; `ask` announces it."""
+    tile = tile_of(tl.program_id(1) * 0, tid // TEAM, weights[4])
     part, own = parts.which_part(tile, weights[4], 16)
     where = parts.of_part(part, descriptors(tid, len(weights[4])))
-    lane, chain = tid % 32, tid % TEAM // 32
+    here = tile < parts.blocks_of(weights[4], 16)
+    copy_engine.copy_box(slot, where, tid % TEAM // 32 * 16, own * 16, full, here)
+
+
+@triton.jit
+def ask(slot, full, turn, step, weights, tid, FIRST: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """Ask for the words of a step of a turn's tile, of COUNT slices; behind the last tile nothing comes.
+
+    full: the slot's barrier. FIRST: the slice to begin with; those before have been asked for. Rows behind the
+    weight's last are those of its next slice, or zeros; none is written. Where to find them is computed anew each time:
+    registers that hold it would be missing where groups are multiplied.
+    """
+    tile = tile_of(turn, tid // TEAM, weights[4])
+    part, own = parts.which_part(tile, weights[4], 16)
+    where = parts.of_part(part, descriptors(tid, len(weights[4])))
+    chain = tid % TEAM // 32
     here = tile < parts.blocks_of(weights[4], 16)
     if GROUPS % 16 != 0:
         # A chain may end before others do; of an even number of groups a pair is there or is not.
         here = here & (step * 8 + chain < GROUPS // 2)
-    copy_engine.announce(full, tl.where(here, COUNT * 1024, 0), lane == 0)
-    column, row = step * 128 + chain * 16, own * 16 + lane * parts.of_part(part, weights[4])
-    copy_engine.copy_box(slot + lane * 1024, where, column, row, full, here & (lane < COUNT))
+    column, n_rows = step * 128 + chain * 16, parts.of_part(part, weights[4])
+    size = tl.where(here, COUNT * 1024, 0)
+    copy_engine.copy_boxes(slot, where, column, own * 16, n_rows, full, size, FIRST, COUNT, SLICE)
 
 
 @triton.jit
@@ -133,7 +153,7 @@ def take(
     grids = ()
     for half in tl.static_range(2):
         for index in tl.static_range(COUNT):
-            box = index * 1024 + half * 512
+            box = index * SLICE + half * 512
             words = words + ((shared_memory.read_two(first + box), shared_memory.read_two(second + box)),)
     pair = step * 8 + tid % TEAM // 32
     here = pair < GROUPS // 2

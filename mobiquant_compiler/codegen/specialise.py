@@ -20,7 +20,7 @@ _SHARED = (
     *("fragments", "activations", "networks", "operands", "device"),
     *("scaling", "products", "steps", "slice_steps", "chains", "tiles", "one_token", "parts"),
     *("batch_operands", "batch_products", "batch_copies", "batches", "split_columns", "sorted_tiles"),
-    *("resident_layout", "shared_memory", "copy_engine", "rings", "resident_tiles"),
+    *("resident_layout", "shared_memory", "copy_engine", "rings", "held_tokens", "resident_tiles"),
 )
 _ASSERTS = ("tl.static_assert", "gl.static_assert")
 _FOLDABLE = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript)

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 WHERE, SPEC = "cuda", SliceSpec((2, 2, 2, 2), 128)
 FULL_CHAINS, UNEVEN_CHAINS = 4096, 3000  # the last step of 24 groups is one of four chains
+PASSING, PASSING_UNEVEN = 14336, 9216  # activations pass through, seven steps; five, the last of 8 groups
 ENOUGH_ROWS = 8192  # that resident_mma is chosen; tests have fewer
 
 
@@ -66,7 +67,7 @@ def weight_of(case: Case) -> Weight:
 
 
 @pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("k", [FULL_CHAINS, UNEVEN_CHAINS])
+@pytest.mark.parametrize("k", [FULL_CHAINS, UNEVEN_CHAINS, PASSING, PASSING_UNEVEN])
 def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
     for tokens, rows in ((2, 16), (5, 150), (8, 1003)):
         case = random_case(SPEC, tokens, rows, k, dtype=torch.bfloat16, device=WHERE, seed=tokens)
@@ -80,14 +81,14 @@ def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
 @pytest.mark.parametrize("widths", [(2,), (2, 2), (2, 2, 2)], ids=str)
 def test_fewer_slices(widths: tuple[int, ...]) -> None:
     spec = SliceSpec(widths, 128)
-    for k in (8192, 5120, FULL_CHAINS):  # rings of two steps, of which not all chains have the last of 5120 columns
+    for k in (8192, 5120, FULL_CHAINS, PASSING):  # rings of two steps; not all chains have the last of 5120 columns
         case = random_case(spec, 7, 333, k, device=WHERE)
         compare(spec, k, quantized(case), [replace(weight_of(case), bias=None)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
-    for k in (FULL_CHAINS, UNEVEN_CHAINS, 7168):  # scales of 32 bits of 7168: more copies than threads
+    for k in (FULL_CHAINS, UNEVEN_CHAINS, 7168, PASSING):  # scales of 32 bits of 7168: more copies than threads
         case = random_case(SPEC, 6, 200, k, dtype=torch.float16, scale_dtype=dtype, device=WHERE)
         compare(SPEC, k, quantized(case), [weight_of(case)])
 
@@ -123,12 +124,12 @@ def test_words_that_begin_anywhere_are_copied() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_siblings_of_any_rows(parts: int) -> None:
-    for k in (FULL_CHAINS, UNEVEN_CHAINS, 8192):
+    for k in (FULL_CHAINS, UNEVEN_CHAINS, 8192, PASSING_UNEVEN):
         cases = [random_case(SPEC, 8, rows, k, device=WHERE, seed=rows) for rows in (40, 333, 16, 1000)[:parts]]
         compare(SPEC, k, quantized(cases[0]), [weight_of(case) for case in cases])
 
 
-@pytest.mark.parametrize("k", [FULL_CHAINS, 8192])
+@pytest.mark.parametrize("k", [FULL_CHAINS, 8192, PASSING, 28672])
 def test_again_and_again(k: int) -> None:
     """What is written over too early differs now and then; sums of 8192 columns take turns in one place."""
     case = random_case(SPEC, 8, 5000, k, dtype=torch.bfloat16, device=WHERE)

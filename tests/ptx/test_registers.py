@@ -108,6 +108,8 @@ def resident(k: int, **options: Any) -> KernelSpec:
         (3000, {"parts": 3, "has_bias": True}),
         (4096, {}),
         (8192, {"parts": 4, "activation": Activation.A8}),
+        (9216, {"parts": 3, "has_bias": True}),
+        (28672, {}),
     ],
     ids=str,
 )
@@ -124,6 +126,7 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
     steps = [loop for loop in loops(sass, "TRYWAIT") if len(loop) > 50]  # not those that only wait
     assert len(steps) >= 7
     assert all(not any(re.search(r"\b(LDL|LDG|SHFL)\b", i) for i in step) for step in steps)
+    assert not any("BRA.U.ANY" in i for step in steps for i in step), "one thread asks: no loop over those that do"
     # What is read once a tile comes from far away: the L1 cache is small beside so much shared memory.
     assert sum(spills(sass.splitlines())) <= 32
     usage = disassembled(spec, 90, cuobjdump, "-res-usage")
@@ -166,7 +169,9 @@ def test_descriptors_are_the_first_parameters(parts: int) -> None:
     assert {*re.findall(r"mov\.b64 a, resident_mma_param_(\d+);", ptx)} == {*wanted}
 
 
-@pytest.mark.parametrize(("k", "activation"), [(3000, "a16"), (4096, "a8"), (8192, "a16")])
+@pytest.mark.parametrize(
+    ("k", "activation"), [(3000, "a16"), (4096, "a8"), (8192, "a16"), (14336, "a16"), (28672, "a8")]
+)
 def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
     """Addresses are counted from the symbol of all shared memory: nothing else may be there, and all must be."""
     spec = resident(k, activation=Activation(activation))
@@ -180,10 +185,21 @@ def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
     assert measure(spec, 90).shared_bytes == wanted <= shared_bytes(spec)
 
 
+@pytest.mark.parametrize("k", [8192, 14336])
+def test_the_last_warp_asks_for_activations_that_pass_through(k: int) -> None:
+    """Once a step: who reads the count of warps before him, behind all that they have read; and nobody waits for it."""
+    ptx = kernels.compile_for(resident(k), 90).asm["ptx"]
+    order = re.findall(r"pending_count|fence\.proxy|cp\.async\.bulk\.shared", ptx)
+    passed = [at for at, name in enumerate(order) if name == "pending_count"]
+    assert len(passed) == (7 if k > 8192 else 0), "one a body"
+    for at in passed:
+        assert order[at + 1 : at + 5] == ["fence.proxy", *["cp.async.bulk.shared"] * 3]
+
+
 @pytest.mark.parametrize(("k", "layout"), [(4096, "slice_major"), (4096, "bit_major"), (14336, "slice_major")])
 def test_activations_are_loaded_while_words_are_under_way(k: int, layout: str, cuobjdump: str) -> None:
     """A warp of eight unlike tokens waits for both at once: loads stand before the first exchange of words."""
-    spec = multiply_spec(SliceSpec(layout=Layout(layout)), k, TokenClass.FEW, Target.of(90), n=4096)
+    spec = multiply_spec(SliceSpec(layout=Layout(layout)), k, TokenClass.FEW, Target.of(90), n=256)
     assert spec.family is Family.SLICED_MMA
     found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
     bodies = [body for body in found if any("SHFL" in i for i in body)]
@@ -199,7 +215,7 @@ def test_activations_are_loaded_while_words_are_under_way(k: int, layout: str, c
 
 @pytest.mark.parametrize("k", [4096, 14336])
 def test_alike_tokens_ask_for_activations_as_early(k: int, cuobjdump: str) -> None:
-    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=4096)
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=256)
     found = loops(disassembled(spec, 90, cuobjdump, "-sass"))
     bodies = [body for body in found if sum("IMMA" in i for i in body) == 16]
     assert len(bodies) == 4, "a body for every count of all tokens"
@@ -212,7 +228,7 @@ def test_alike_tokens_ask_for_activations_as_early(k: int, cuobjdump: str) -> No
 @pytest.mark.parametrize(("n", "k", "most"), [(4096, 4096, 0), (8192, 28672, 4)])
 def test_bodies_of_short_and_long_chains_are_told_apart_in_registers(n: int, k: int, most: int, cuobjdump: str) -> None:
     """Local memory comes from far away at first, whoever wrote it."""
-    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=n)
+    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=n, gluon=False)
     sass = disassembled(spec, 90, cuobjdump, "-sass")
     ends = re.split(r"\bEXIT\b", "\n".join(match[2] for line in sass.splitlines() if (match := ADDRESS.match(line))))
     bodies = [part.splitlines() for part in ends if "IMMA" in part]
@@ -222,7 +238,7 @@ def test_bodies_of_short_and_long_chains_are_told_apart_in_registers(n: int, k: 
 
 def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:
     """A group at a time where a tile has more than two steps, else both groups of a step one after the other."""
-    for k, groups in ((4096, 2), (8192, 1)):
+    for k, groups in ((4096, 2), (8192, 1), (14336, 1)):
         bodies = loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "IMMA")
         products = {sum("IMMA" in i for i in body) for body in bodies}
         assert {8 * groups * slices for slices in (1, 2, 3, 4)} <= products

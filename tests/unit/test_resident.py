@@ -11,7 +11,16 @@ from mobiquant_compiler import kernels
 from mobiquant_compiler.codegen import configs
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
-from mobiquant_compiler.codegen.resident_layout import BARRIERS, MARK, MOST_BYTES, RINGS_AT, SUMS, TEAMS, ResidentLayout
+from mobiquant_compiler.codegen.resident_layout import (
+    BARRIERS,
+    MARK,
+    MOST_BYTES,
+    RINGS_AT,
+    SUMS,
+    TAKEN_AT,
+    TEAMS,
+    ResidentLayout,
+)
 from mobiquant_compiler.codegen.specialise import specialise
 from mobiquant_compiler.errors import BadKernelSpec, KernelDoesNotFit
 from mobiquant_compiler.launches import Launch, binaries_of, kernels_of
@@ -33,7 +42,9 @@ def chosen(spec: SliceSpec = SPEC, k: int = COLUMNS, target: Target = H100, toke
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_few_tokens_of_many_rows(tokens: int) -> None:
     assert chosen(n=32 * 132 + 1, tokens=tokens).family is RESIDENT
-    for k in (3000, COLUMNS, 8192):
+    for k in (7168, 8192, 14336, 28672):
+        assert chosen(k=k, n=512, tokens=tokens).family is RESIDENT, "long rows, however few"
+    for k in (3000, COLUMNS, 8192, 9216, 28672):
         for widths in ((2,), (2, 2), (2, 2, 2, 2)):
             spec = chosen(SliceSpec(widths, 128), k, tokens=tokens, parts=3, has_bias=True)
             assert spec.family is RESIDENT
@@ -48,11 +59,13 @@ def test_few_tokens_of_many_rows(tokens: int) -> None:
         {"tokens": 9},
         {"n": 32 * 132},
         {"n": 0},
+        {"k": 6144, "n": 32 * 132},
+        {"k": 14336, "n": 511},
         {"k": 2048},
         {"k": 8320},
-        {"k": 9216, "activation": Activation.A8},
         {"k": 17 * 128},
-        {"k": 8192, "scale_bytes": 4},
+        {"k": 65536},
+        {"k": 8192, "scale_bytes": 8},
         {"spec": SliceSpec((2, 2, 2, 2), 64)},
         {"spec": SliceSpec((2, 2), 128, Layout.BIT_MAJOR)},
         {"spec": SliceSpec((4, 4), 128)},
@@ -73,15 +86,15 @@ def test_others_have_a_program_for_each_tile(options: dict) -> None:
 @pytest.mark.parametrize(
     ("size", "activation", "columns"),
     [
-        (2, "a16", {*range(3072, 8193, 1024)}),
-        (4, "a16", {*range(2560, 7681, 512)}),
-        (4, "a8", {*range(2560, 8193, 512)}),
+        (2, "a16", {*range(3072, 44033, 1024)}),
+        (4, "a16", {*range(2560, 22017, 512)}),
+        (4, "a8", {*range(2560, 30209, 512)}),
         (8, "a16", set()),
     ],
 )
 def test_columns_whose_scales_are_whole_copies(size: int, activation: str, columns: set[int]) -> None:
     facts = {"scale_bytes": size, "activation": Activation(activation)}
-    assert {k for k in range(128, 9000, 128) if chosen(k=k, **facts).family is RESIDENT} == columns
+    assert {k for k in range(128, 50000, 128) if chosen(k=k, **facts).family is RESIDENT} == columns
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,7 @@ def test_what_it_would_compute_wrongly_is_refused(change: dict) -> None:
 
 def test_more_shared_memory_than_there_is() -> None:
     with pytest.raises(KernelDoesNotFit, match="resident_mma"):
-        configs.choose((replace(chosen(), k=16384),), H100)
+        configs.choose((replace(chosen(), k=65536),), H100)
 
 
 def test_more_than_a_block_of_tokens_is_no_launch() -> None:
@@ -116,24 +129,29 @@ def test_more_than_a_block_of_tokens_is_no_launch() -> None:
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (32, 4), (56, 4), (60, 4)])
+@pytest.mark.parametrize(("groups", "size"), [(24, 2), (32, 2), (64, 2), (20, 4), (60, 4), (64, 4), (72, 2), (224, 2)])
 def test_memory_is_laid_out_without_gaps_or_overlaps(groups: int, size: int, halves: int) -> None:
     layout = ResidentLayout(groups, size, halves)
     assert groups * size <= layout.facts_bytes <= groups * size + 16
     assert layout.facts_bytes % 32 == 16, "rows of scales begin in different banks"
+    assert (layout.places == layout.steps) == (layout.held_groups == groups)
     facts = layout.acts_bytes + TEAMS * 2 * 32 * layout.facts_bytes
     assert facts <= layout.teams_at < facts + 512
     assert layout.acts_bytes % 128 == 0
     for slices in (1, 2, 3, 4):
-        (depth, sides), end = layout.choice(slices), layout.team_bytes(slices)
-        assert layout.sums_at(slices) == 8 * depth * slices * 1024
-        assert end == layout.sums_at(slices) + sides * SUMS
+        own = []
+        for count in range(1, slices + 1):
+            depth, sides = layout.choice(count)
+            assert layout.sums_at(count) == 8 * depth * count * 1024
+            own.append(layout.sums_at(count) + sides * SUMS)
+        end = layout.team_bytes(slices)
+        assert end == max(own), "a team's memory begins at one place, whatever the count"
         # The copy engine changes the order of what it copies by the address, the same again after 512 bytes.
         assert layout.teams_at % 512 == layout.sums_at(slices) % 512 == end % 512 == 0
         barriers = layout.barriers_at(slices)
         assert layout.teams_at + TEAMS * end <= barriers
-        assert layout.steps * 8 <= RINGS_AT, "barriers of activations end where those of warps begin"
-        assert BARRIERS == RINGS_AT + 16 * 2 * 8
+        assert layout.places * 8 <= TAKEN_AT, "a barrier a step or place, and as many for who has read it"
+        assert BARRIERS == RINGS_AT + 16 * 2 * 8 == 2 * TAKEN_AT + 16 * 2 * 8
         assert layout.total_bytes(slices) == barriers + BARRIERS + MARK <= MOST_BYTES
         assert layout.fits(slices)
 
@@ -146,18 +164,26 @@ def test_a_ring_has_two_steps_where_that_was_faster() -> None:
 def test_the_estimate_is_from_above_whatever_scales_are() -> None:
     """Scales of 32 bits may leave room for a shorter ring only, which takes less than the longer one of others."""
     for widths in ((2,), (2, 2), (2, 2, 2), (2, 2, 2, 2)):
-        for k in (4096, 6144, 8192):
+        for k in (4096, 6144, 8192, 14336, 28672):
             estimate = configs.shared_bytes(chosen(SliceSpec(widths, 128), k))
             for layout in (ResidentLayout(k // 128, size, 2) for size in (2, 4)):
                 if layout.fits(len(widths)):
                     assert layout.total_bytes(len(widths)) <= estimate
 
 
+def test_activations_pass_through_where_not_all_have_room() -> None:
+    """Beside rings of four slices, whatever the weights have: how many are there depends on no count."""
+    assert [ResidentLayout(groups, 2, 2).places for groups in (32, 64, 72, 112, 224, 344)] == [2, 4, 3, 3, 2, 2]
+    assert [ResidentLayout(groups, 4, 2).places for groups in (60, 64, 112)] == [4, 3, 2]
+    assert ResidentLayout(112, 2, 1).held_groups == 3 * 16
+    assert ResidentLayout(64, 2, 1).held_groups == 64
+
+
 def test_what_does_not_fit() -> None:
-    layout = ResidentLayout(72, 2, 2)
+    layout = ResidentLayout(224, 4, 2)
     assert layout.fits(2)
     assert not layout.fits(4)
-    with pytest.raises(ValueError, match="4 slices of 72 groups"):
+    with pytest.raises(ValueError, match="3 slices of 224 groups"):
         layout.total_bytes(4)
 
 
@@ -182,7 +208,7 @@ def test_programs_are_as_few_as_have_no_more_tiles_each(
 
 @pytest.mark.parametrize(("scales", "family"), [(torch.float16, RESIDENT), (torch.float32, Family.SLICED_MMA)], ids=str)
 def test_a_launch_is_warmed_with_the_kernel_that_it_takes(scales: torch.dtype, family: Family) -> None:
-    wanted = Launch(SPEC, ROWS, 8192, torch.device("cuda"), torch.bfloat16, scales)
+    wanted = Launch(SPEC, ROWS, 28672, torch.device("cuda"), torch.bfloat16, scales)
     found = kernels_of(wanted, H100, [TokenClass.FEW], workspace=False)
     assert [spec.family for spec in found if spec.family in (RESIDENT, Family.SLICED_MMA)] == [family]
 

@@ -8,10 +8,10 @@ from mobiquant_compiler.codegen import copy_engine, device, fragments, parts, re
 
 
 @gluon.jit
-def counts_between(counts_ptr, tokens, NUM_SLICES: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """Return the largest and the least count of up to eight tokens; every warp finds them itself."""
+def counts_between(found, tokens, NUM_SLICES: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Return the largest and the least of up to eight tokens' counts; every warp finds them itself."""
     offs = gl.arange(0, 8, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
-    counts = gl.minimum(gl.maximum(gl.load(counts_ptr + offs, mask=offs < tokens, other=1), 1), NUM_SLICES)
+    counts = gl.minimum(gl.maximum(found, 1), NUM_SLICES)
     return gl.max(counts, axis=0), gl.min(gl.where(offs < tokens, counts, NUM_SLICES), axis=0)
 
 
@@ -173,13 +173,13 @@ def resident_mma(
     memory.index(BYTES // 128 - 1).store(mark)
     base = shared_memory.reserved()
     ready = base + rings.laid_out("barriers_at", GROUPS, SIZE, HALVES, NUM_SLICES)
-    resident_tiles.begin_barriers(ready, tid, GROUPS)
+    resident_tiles.begin_barriers(ready, tid, rings.laid_out("places", GROUPS, SIZE, HALVES), GROUPS)
     gdc_wait()
+    offs = gl.arange(0, 8, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    counts = gl.load(counts_ptr + offs, mask=offs < tokens, other=1)
     acts, weights = (high_ptr, low_ptr, affine_ptr), (scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows)
-    resident_tiles.copy_activations(base, ready, acts, tid, 0, 1, GROUPS, HALVES)
-    facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
-    rings.ask_facts(facts, gl.program_id(1) * 0, weights, tid, GROUPS, HALVES)
-    most, least = counts_between(counts_ptr=counts_ptr, tokens=tokens, NUM_SLICES=NUM_SLICES, NUM_WARPS=NUM_WARPS)
+    resident_tiles.ask_first(acts, weights, base, ready, tid, NUM_SLICES, GROUPS, HALVES)
+    most, least = counts_between(found=counts, tokens=tokens, NUM_SLICES=NUM_SLICES, NUM_WARPS=NUM_WARPS)
     multiply_by_count(
         acts=acts,
         weights=weights,
