@@ -40,14 +40,17 @@ def _copying_step(apart, least, last, halves, passing):
     copying = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     only = " setp.ne.b32 p, $8, 0; @!p bra DONE;"
     elected = " elect.sync _|p, 0xffffffff; @!p bra DONE;"
+    # All that lanes have read is behind them; the last warp has it so for all others, and for the copy engine.
     arriving = (
+        " bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff; @!p bra DONE;"
         " mbarrier.arrive.shared::cta.b64 s, [$9], $10; mbarrier.pending_count.b64 n, s; setp.eq.b32 p, n, $10;"
         " @!p bra DONE;"
     )
+    fences = " fence.acq_rel.cta; fence.proxy.async.shared::cta;"
     low = f" add.s32 a, $1, {apart}; mul.wide.s32 s, $7, 16384; add.s64 s, s, $5; {copying} [a], [s], n, [$3];"
     return (
         "{ .reg .pred p; .reg .b32 n, a; .reg .b64 s; mov.b32 $0, 0;"
-        f"{elected + arriving + only + ' fence.proxy.async.shared::cta;' if passing else only + elected}"
+        f"{arriving + only + fences if passing else only + elected}"
         f" setp.eq.b32 p, $7, {last}; selp.b32 n, {least}, 16, p;"
         f" mul.lo.s32 a, n, {1024 * halves + 64}; mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], a;"
         f" mul.lo.s32 a, n, 64; mul.wide.s32 s, $7, 1024; add.s64 s, s, $6; {copying} [$2], [s], a, [$3];"

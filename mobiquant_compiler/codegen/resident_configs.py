@@ -1,4 +1,4 @@
-"""Which calls keep their activations in shared memory, and the kernel that does; arithmetic only, no device."""
+"""Which calls have their activations in shared memory, and the kernel for it; arithmetic only, no device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ _ON = 90  # compute capability where it was measured; others may have less share
 _GROUP = 128
 _FEWEST_ROWS, _MANY_ROWS = 512, 2 * 16 * MULTIPROCESSORS + 1  # the least measured; more tiles than teams
 _LONG = 4  # steps of a tile from which it is faster whatever the rows
+_MOST_COLUMNS = 28672  # that were measured
 _WARPS, _REGISTERS = 16, 128  # all registers of a multiprocessor
 _TOKENS, _ROWS = 8, 16  # of a tile
 
@@ -37,7 +38,7 @@ def serves(
     layout = ResidentLayout(groups, scale_bytes, 2 if activation is Activation.A16 else 1)
     copied = layout.steps > 1 and groups % 2 == 0 and groups * scale_bytes % 16 == 0
     rows = n >= (_MANY_ROWS if layout.steps < _LONG else _FEWEST_ROWS)
-    return copied and rows and layout.fits(weight.num_slices)
+    return copied and rows and k <= _MOST_COLUMNS and layout.fits(weight.num_slices)
 
 
 def multiply_spec(

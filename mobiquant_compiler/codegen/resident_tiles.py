@@ -1,12 +1,12 @@
-"""Two to eight tokens, which stay in shared memory, times tile after tile of 16 rows, whose words come ahead.
+"""Two to eight tokens in shared memory times tile after tile of 16 rows, whose words come ahead.
 
-A program has the whole of a multiprocessor: two teams of eight warps, a chain a warp (`chains`), that share the
-activations of all columns, and each go from tile to tile. Warps of a team wait for one another at the end of a
+A program has the whole of a multiprocessor: two teams of eight warps, a chain a warp (`chains`), that share
+activations (`held_tokens`), and each go from tile to tile. Warps of a team wait for one another at the end of a
 tile, when the sums of chains are added. Words come by rings (`rings`), and take no registers before they are
 multiplied.
 
 Names are those of `rings`; base is the address of a program's shared memory (`resident_layout`), ready that of its
-barriers: of activations, one a step, then two for each warp's ring.
+barriers: those of activations, then two for each warp's ring.
 """
 
 import triton
@@ -87,7 +87,6 @@ def add_group(
     WIDTHS: tl.constexpr,
     GROUP: tl.constexpr,
     LAYOUT: tl.constexpr,
-    K_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """Add a group to the sums, given what `group_of` returns, steps of the tokens and the largest count."""
@@ -189,7 +188,6 @@ def multiply_step(
                 WIDTHS,
                 GROUP,
                 LAYOUT,
-                K_PADDED,
                 ACTIVATION,
             )
             now = following
@@ -208,7 +206,6 @@ def multiply_step(
                 WIDTHS,
                 GROUP,
                 LAYOUT,
-                K_PADDED,
                 ACTIVATION,
             )
     return sums

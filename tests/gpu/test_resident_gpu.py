@@ -1,4 +1,4 @@
-"""Few tokens that stay in shared memory, from tile to tile of rows: the bits of a program for each tile."""
+"""Few tokens in shared memory, from tile to tile of rows: the bits of a program for each tile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ pytestmark = [
 ]
 WHERE, SPEC = "cuda", SliceSpec((2, 2, 2, 2), 128)
 FULL_CHAINS, UNEVEN_CHAINS = 4096, 3000  # the last step of 24 groups is one of four chains
-PASSING, PASSING_UNEVEN = 14336, 9216  # activations pass through, seven steps; five, the last of 8 groups
+# Activations pass through: seven steps; five, the last of 8 groups; and 13, with room for the sums of one tile.
+PASSING, PASSING_UNEVEN, PASSING_NARROW = 14336, 9216, 25600
 ENOUGH_ROWS = 8192  # that resident_mma is chosen; tests have fewer
 
 
@@ -67,7 +68,7 @@ def weight_of(case: Case) -> Weight:
 
 
 @pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("k", [FULL_CHAINS, UNEVEN_CHAINS, PASSING, PASSING_UNEVEN])
+@pytest.mark.parametrize("k", [FULL_CHAINS, UNEVEN_CHAINS, PASSING, PASSING_UNEVEN, PASSING_NARROW])
 def test_counts_alike_and_mixed(k: int, activation: Activation) -> None:
     for tokens, rows in ((2, 16), (5, 150), (8, 1003)):
         case = random_case(SPEC, tokens, rows, k, dtype=torch.bfloat16, device=WHERE, seed=tokens)
@@ -93,15 +94,17 @@ def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
         compare(SPEC, k, quantized(case), [weight_of(case)])
 
 
-def test_scales_of_32_bits_of_the_most_columns_that_fit() -> None:
+@pytest.mark.parametrize("k", [7680, 22016])
+def test_scales_of_32_bits_of_the_most_columns_that_stay_and_that_fit(k: int) -> None:
     """Rings of two steps, the last of which not all chains have, with room for the sums of one tile."""
-    case = random_case(SPEC, 8, 300, 7680, scale_dtype=torch.float32, device=WHERE)
+    case = random_case(SPEC, 8, 300, k, scale_dtype=torch.float32, device=WHERE)
     prepared = quantized(case)
     for counts in (case.counts, *(torch.full_like(case.counts, count) for count in (1, 2, 4))):
-        compare(SPEC, 7680, wiring.with_counts(prepared, counts), [weight_of(case)])
+        compare(SPEC, k, wiring.with_counts(prepared, counts), [weight_of(case)])
 
 
-def test_scales_of_32_bits_leave_room_for_shorter_rings() -> None:
+def test_scales_of_32_bits_have_activations_pass_through_earlier() -> None:
+    """Beside three slices all have room; four slices say what is there."""
     spec = SliceSpec((2, 2, 2), 128)
     case = random_case(spec, 8, 300, 8192, scale_dtype=torch.float32, device=WHERE)
     prepared = quantized(case)
@@ -122,9 +125,23 @@ def test_words_that_begin_anywhere_are_copied() -> None:
     assert torch.equal(found[0], wanted[0])
 
 
+@pytest.mark.parametrize("k", [8192, PASSING_UNEVEN])
+def test_a_token_that_is_not_finite_is_alone(k: int) -> None:
+    """Whatever lies in shared memory where a chain has no groups: what was there before is another step's."""
+    case = random_case(SPEC, 8, 200, k, device=WHERE)
+    (wanted,) = compare(SPEC, k, quantized(case), [weight_of(case)])
+    case.x[3, -1], case.x[5, 0] = torch.inf, torch.nan
+    kernel = cache.load(chosen(SPEC, k, ENOUGH_ROWS, has_bias=True))
+    for at_once in (1, 3):
+        (found,) = launch.multiply(kernel, quantized(case), [weight_of(case)], at_once=at_once)
+        others = [0, 1, 2, 4, 6, 7]
+        assert torch.equal(found[others], wanted[others])
+        assert not found[[3, 5]].isfinite().any()
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_siblings_of_any_rows(parts: int) -> None:
-    for k in (FULL_CHAINS, UNEVEN_CHAINS, 8192, PASSING_UNEVEN):
+    for k in (FULL_CHAINS, UNEVEN_CHAINS, 8192, PASSING_UNEVEN, 28672):
         cases = [random_case(SPEC, 8, rows, k, device=WHERE, seed=rows) for rows in (40, 333, 16, 1000)[:parts]]
         compare(SPEC, k, quantized(cases[0]), [weight_of(case) for case in cases])
 

@@ -133,12 +133,13 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
 
 
-def test_copies_begin_behind_the_barriers_that_they_name() -> None:
+@pytest.mark.parametrize(("k", "barriers"), [(4096, 2 + 2), (14336, 2 * 3 + 2)])
+def test_copies_begin_behind_the_barriers_that_they_name(k: int, barriers: int) -> None:
     """The copy engine sees barriers behind one fence; all threads meet behind it, then wait for the kernel before."""
-    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
+    ptx = kernels.compile_for(resident(k), 90).asm["ptx"]
     steps = re.findall(r"mbarrier\.init|fence\.mbarrier_init|bar\.sync \S+, 512|griddepcontrol\.wait", ptx)
     begun = steps.index("fence.mbarrier_init")
-    assert set(steps[:begun]) == {"mbarrier.init"}
+    assert steps[:begun] == ["mbarrier.init"] * barriers
     assert (steps[begun + 1][:8], steps[begun + 2]) == ("bar.sync", "griddepcontrol.wait")
     assert not {"mbarrier.init", "fence.mbarrier_init"} & {*steps[begun + 1 :]}
 
@@ -187,13 +188,16 @@ def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
 
 @pytest.mark.parametrize("k", [8192, 14336])
 def test_the_last_warp_asks_for_activations_that_pass_through(k: int) -> None:
-    """Once a step: who reads the count of warps before him, behind all that they have read; and nobody waits for it."""
+    """Who finds that no other is missing, behind the reads of its own lanes and then of all warps."""
     ptx = kernels.compile_for(resident(k), 90).asm["ptx"]
-    order = re.findall(r"pending_count|fence\.proxy|cp\.async\.bulk\.shared", ptx)
+    found = r"pending_count|fence\.\w+|cp\.async\.bulk\.shared|bar\.warp|elect|mbarrier\.arrive\.\w+"
+    order = re.findall(found, ptx)
     passed = [at for at, name in enumerate(order) if name == "pending_count"]
     assert len(passed) == (7 if k > 8192 else 0), "one a body"
     for at in passed:
-        assert order[at + 1 : at + 5] == ["fence.proxy", *["cp.async.bulk.shared"] * 3]
+        assert order[at - 3 : at] == ["bar.warp", "elect", "mbarrier.arrive.shared"]
+        asked = ["fence.acq_rel", "fence.proxy", "mbarrier.arrive.expect_tx", *["cp.async.bulk.shared"] * 3]
+        assert order[at + 1 : at + 1 + len(asked)] == asked
 
 
 @pytest.mark.parametrize(("k", "layout"), [(4096, "slice_major"), (4096, "bit_major"), (14336, "slice_major")])

@@ -1,4 +1,4 @@
-"""Two to eight tokens, held in shared memory, times sliced weights: programs go from tile to tile of rows (sm_90)."""
+"""Two to eight tokens in shared memory times sliced weights: programs go from tile to tile of rows (sm_90)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
