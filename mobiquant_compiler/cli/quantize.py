@@ -74,7 +74,7 @@ def quantize(
     calibrating = {"state": state, "device": pick_device(device) if offload else None}
     with progress() as report:
         loaded = load(model, "cpu" if offload else device, dtype, report)
-        loaded.need_plain(model)
+        _refuse_linears(loaded, model, config, strict)
         tokens = _calibration(loaded, model, calibration, windows, length, spread=calibrate)
         check = QuickCheck(loaded, model, check_windows, length, warn_ratio, report)
         shared: dict[str, Any] = {"budget": budget, "strict": strict, "progress": report}
@@ -97,6 +97,15 @@ def _refuse(output: Path, budget: float | None, widths: Sequence[int]) -> None:
     if budget is not None and not low <= budget <= high:
         wanted = f"{low} to {high} bits, those of the first slice and of all"
         raise BadOption(where="command line", name="--budget", got=budget, wanted=wanted)
+
+
+def _refuse_linears(loaded: Loaded, source: str, config: Any, strict: bool) -> None:
+    """Refuse what this model's linears do not allow before anything is measured, which takes far longer."""
+    from mobiquant_compiler.quantize import check, select
+
+    loaded.need_plain(source)
+    linears, skipped = select(loaded.model, config)
+    check(loaded.model, linears, skipped, config, strict)
 
 
 def _slice(
