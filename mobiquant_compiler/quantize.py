@@ -56,8 +56,9 @@ def select(model: nn.Module, config: SliceConfig) -> tuple[dict[str, nn.Module],
             holders.setdefault(id(parameter), []).append(_parameter(name, key))
     chosen: dict[str, nn.Module] = {}
     skipped: list[Skip] = []
+    choosing = dict(_expert_choices(model))
     for name, module in model.named_modules():
-        reason = _skip_reason(name, module, config, holders)
+        reason = _skip_reason(name, module, config, holders) or choosing.get(name)
         if isinstance(reason, Skip):
             skipped.append(reason)
         elif linear_like(module):
@@ -84,6 +85,26 @@ def _skip_reason(
     if module.weight.dtype not in WEIGHT_DTYPES:
         return Skip(name, SkipReason.DTYPE, str(module.weight.dtype))
     return None
+
+
+def _expert_choices(model: nn.Module) -> Iterable[tuple[str, Skip]]:
+    """Yield linears that have an output for each expert beside them: what ranks those is not to be rounded."""
+    for parent, module in model.named_modules():
+        for place, experts in module.named_children():
+            count = _experts_in(place, experts)
+            for own, linear in module.named_children() if count > 1 else ():
+                if linear_like(linear) and weight_of(linear).shape[0] == count:
+                    name, others = _parameter(parent, own), _parameter(parent, place)
+                    yield name, Skip(name, SkipReason.RANKED, f"one of {count} experts of {others}")
+
+
+def _experts_in(name: str, module: nn.Module) -> int:
+    """Return how many experts a module of that name holds: modules, or the first dimension of 3-D parameters."""
+    if "expert" not in name.lower():
+        return 0
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 0)
 
 
 def _parameter(module: str, key: str) -> str:

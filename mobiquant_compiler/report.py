@@ -14,6 +14,7 @@ class SkipReason(StrEnum):
     EXCLUDED = "excluded by name"
     NOT_INCLUDED = "not included by name"
     TIED = "tied to another parameter"
+    RANKED = "ranks experts: rounded scores may choose others"
     EXPERTS = "3-D expert parameters are not linears"
     UNKNOWN_TYPE = "a subclass of nn.Linear with its own use of the weight"
     TOO_NARROW = "fewer input columns than a group"

@@ -16,6 +16,7 @@ from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import Binding, PassContext, PassResult, layer_name
 from mobiquant_compiler.passes.edit import add_input, placeholders, replace, splice, value_of
 from mobiquant_compiler.passes.normalise_linears import LINEAR, parameter_of
+from mobiquant_compiler.passes.ranking import ranked_linears
 from mobiquant_compiler.report import Skip, SkipReason
 from mobiquant_compiler.slices import WEIGHT_DTYPES
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
@@ -53,11 +54,12 @@ class BindSlices:
         skipped: list[Skip] = []
         bound: dict[tuple[Node, bool], dict[str, Node]] = {}
         shared: dict[str, Node] = {}
+        ranked = ranked_linears(gm)
         # One graph has one device: mixed ones do not reach a backend as one graph of linears.
         for node in [n for n in gm.graph.nodes if n.target is LINEAR]:
             name = layer_name(node)
             weight = parameter_of(node.args[1])
-            reason = _decline(node, name, weight, inputs, ctx)
+            reason = _decline(node, name, weight, inputs, ranked, ctx)
             if reason is not None:
                 skipped.append(reason)
                 continue
@@ -79,7 +81,12 @@ def _refuse_training(elastic: list[Node]) -> None:
 
 
 def _decline(
-    node: Node, name: str, weight: tuple[Node, bool] | None, inputs: dict[Node, int], ctx: PassContext
+    node: Node,
+    name: str,
+    weight: tuple[Node, bool] | None,
+    inputs: dict[Node, int],
+    ranked: set[Node],
+    ctx: PassContext,
 ) -> Skip | None:
     """Return why a linear keeps its weight, None where it can be bound."""
     config = ctx.config.slices
@@ -93,6 +100,8 @@ def _decline(
         return Skip(name, SkipReason.TIED, tied)
     if not config.selects(name):
         return Skip(name, SkipReason.EXCLUDED)
+    if node in ranked:
+        return Skip(name, SkipReason.RANKED)
     if example.dtype not in WEIGHT_DTYPES:
         return Skip(name, SkipReason.DTYPE, str(example.dtype))
     n, k = _shape(example, weight[1])

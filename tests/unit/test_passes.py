@@ -188,6 +188,48 @@ def test_bind_slices_skips_with_a_reason(reason):
         done()
 
 
+def group_limited(m: Call, x: Tensor) -> Tensor:
+    """Choose among groups of experts first, then among the experts of those, as DeepSeek's do."""
+    scores = linear(x, m.w).sigmoid()
+    groups = (scores + m.b).view(-1, 8, 8).topk(2, dim=-1)[0].sum(-1)
+    kept = torch.zeros_like(groups).scatter_(1, groups.topk(4, dim=-1)[1], 1).bool()
+    chosen = scores.masked_fill(~kept.repeat_interleave(8, -1), 0.0).topk(2, dim=-1)[1]
+    return scores.gather(1, chosen).sum() * linear(x, m.u.t())
+
+
+RANKED = {
+    "softmax, then the best": lambda m, x: linear(x, m.w).softmax(-1).topk(2)[0].sum() * linear(x, m.u.t()),
+    "the best, then softmax": lambda m, x: torch.topk(linear(x, m.w), 2)[0].softmax(-1).sum() * linear(x, m.u.t()),
+    "one": lambda m, x: torch.argmax(linear(x, m.w), -1).sum() * linear(x, m.u.t()),
+    "sorted": lambda m, x: linear(x, m.w).sort(-1)[0][:, 0].sum() * linear(x, m.u.t()),
+    "best groups": group_limited,
+}
+
+
+@pytest.mark.parametrize("form", RANKED)
+def test_bind_slices_leaves_what_chooses_experts(form):
+    """A rounded score is another expert."""
+    done = run_passes(Call(RANKED[form]), [torch.randn(3, 64)], BIND)
+    (skip,) = done.reports[1].skipped
+    assert (skip.reason, done.targets().count("linear")) == (SkipReason.RANKED, 1)
+    assert [binding.spec.padded(64) for binding in done.ctx.bindings] == [64], "the other one is elastic"
+    with torch.no_grad():
+        done()
+
+
+NOT_RANKED = {
+    "a layer between": lambda m, x: linear(linear(x, m.w), m.u.t()).topk(2)[0],
+    "scores of attention": lambda m, x: (linear(x, m.w) @ linear(x, m.w).t()).topk(2)[0] @ torch.ones(2, 1),
+}
+
+
+@pytest.mark.parametrize(("form", "ranked"), [("a layer between", 1), ("scores of attention", 0)])
+def test_bind_slices_binds_what_is_ranked_later(form, ranked):
+    done = run_passes(Call(NOT_RANKED[form]), [torch.randn(3, 64)], BIND)
+    assert [skip.reason for skip in done.reports[1].skipped] == [SkipReason.RANKED] * ranked
+    assert len(done.ctx.bindings) == 1
+
+
 def test_bind_slices_skips_other_dtypes():
     odd = Call(lambda m, x: linear(x, m.w))
     odd.w = nn.Parameter(torch.randn(64, 64, dtype=torch.complex64))

@@ -74,6 +74,24 @@ def test_experts_are_reported_loudly():
     assert "3-D expert parameters" in str(coverage)
 
 
+def test_what_chooses_experts_is_left_alone():
+    class Mixture(nn.Module):
+        def __init__(self, experts: nn.Module) -> None:
+            super().__init__()
+            self.gate, self.shared_expert_gate, self.experts = nn.Linear(64, 4), nn.Linear(64, 1), experts
+            self.up = nn.Linear(64, 96)
+
+    fused = nn.Module()
+    fused.up = nn.Parameter(torch.randn(4, 64, 96))
+    for experts, sliced in ((nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), 4), (fused, 0)):
+        coverage = mq.quantize_(nn.Sequential(Mixture(experts)))
+        found = [skip for skip in coverage.skipped if skip.reason is SkipReason.RANKED]
+        assert found == [Skip("0.gate", SkipReason.RANKED, "one of 4 experts of 0.experts")]
+        assert sorted(coverage.rewritten) == sorted(
+            ["0.shared_expert_gate", "0.up", *(f"0.experts.{i}" for i in range(sliced))]
+        )
+
+
 def test_subclasses_that_use_their_weight_themselves_are_left_alone():
     model = nn.Sequential(nn.MultiheadAttention(64, 2), nn.Linear(64, 64))
     coverage = mq.quantize_(model)
