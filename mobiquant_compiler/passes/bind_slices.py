@@ -16,13 +16,15 @@ from mobiquant_compiler.ops import OPS
 from mobiquant_compiler.passes.base import Binding, PassContext, PassResult, layer_name
 from mobiquant_compiler.passes.edit import add_input, placeholders, replace, splice, value_of
 from mobiquant_compiler.passes.normalise_linears import LINEAR, parameter_of
-from mobiquant_compiler.passes.ranking import ranked_linears
 from mobiquant_compiler.report import Skip, SkipReason
 from mobiquant_compiler.slices import WEIGHT_DTYPES
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
 
 PER_LINEAR = ("slices", "scale", "zero", "energy", "gain", "thresholds", "hist")
 PER_GRAPH = ("mask",)
+_RANKINGS = {"topk", "sort", "argsort", "argmax"}
+# What mixes columns: the outputs of a linear before it are not what is ranked behind it.
+_PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "scaled_dot_product_attention", "embedding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class BindSlices:
         skipped: list[Skip] = []
         bound: dict[tuple[Node, bool], dict[str, Node]] = {}
         shared: dict[str, Node] = {}
-        ranked = ranked_linears(gm)
+        ranked = _ranked_linears(gm)
         # One graph has one device: mixed ones do not reach a backend as one graph of linears.
         for node in [n for n in gm.graph.nodes if n.target is LINEAR]:
             name = layer_name(node)
@@ -78,6 +80,35 @@ def _refuse_training(elastic: list[Node]) -> None:
         x: Any = node.args[0]
         if torch.is_grad_enabled() and value_of(x).requires_grad:
             raise TrainingGraph(what=f"the input of {layer_name(node)}")
+
+
+def _ranked_linears(gm: GraphModule) -> set[Node]:
+    """Return the linears of a normalised graph whose outputs are ranked, with no other product between."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    left = [node for ranking in gm.graph.nodes if _called(ranking) in _RANKINGS for node in _ranked_by(ranking)]
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target is LINEAR:
+            found.add(node)
+        elif _called(node) not in _PRODUCTS:
+            left.extend(node.all_input_nodes)
+    return found
+
+
+def _ranked_by(ranking: Node) -> list[Node]:
+    first: Any = ranking.args[0] if ranking.args else ranking.kwargs.get("input")
+    return [first] if isinstance(first, Node) else []
+
+
+def _called(node: Node) -> str:
+    """Return the name of what a node calls, functions and methods alike."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _decline(
