@@ -19,6 +19,12 @@ def _where_described(kernel, number):
 
 
 @triton.constexpr_function
+def _beginning(count):
+    """Return the instructions for `begin_barrier`."""
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p mbarrier.init.shared::cta.b64 [$1], {count}; }}"
+
+
+@triton.constexpr_function
 def _boxes(first, count, apart):
     """Return the instructions for `copy_boxes`."""
     copying = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -78,14 +84,8 @@ def fetch_descriptor(where):
 @triton.jit
 def begin_barrier(barrier, mine, COUNT: tl.constexpr = 1):
     """Begin a barrier whose phases end when COUNT threads have arrived, and with them all bytes that they announced."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p mbarrier.init.shared::cta.b64 [$1], $3; }",
-        "=&r,r,r,r",
-        [barrier, mine.to(tl.int32), mine.to(tl.int32) * 0 + COUNT],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    BEGINNING: tl.constexpr = _beginning(COUNT)
+    tl.inline_asm_elementwise(BEGINNING, "=&r,r,r", [barrier, mine.to(tl.int32)], tl.int32, False, 1)
 
 
 @triton.jit

@@ -32,9 +32,9 @@ def pass_through(places, groups):
 
 
 @triton.constexpr_function
-def groups_of(step, groups):
-    """Return how many of the groups a step has."""
-    return min(16, groups - 16 * step)
+def last_groups(groups):
+    """Return how many groups the last step of a tile has; all others have 16."""
+    return (groups - 1) % 16 + 1
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def ask(
             step + tid * 0,
             tid < 32,
             THERE * 1024,
-            groups_of(STEPS - 1, GROUPS),
+            last_groups(GROUPS),
             STEPS - 1,
             HALVES,
         )
@@ -125,7 +125,7 @@ def give_back(
             step + PLACES - over * STEPS,
             more,
             PLACES * 16384,
-            groups_of(STEPS - 1, GROUPS),
+            last_groups(GROUPS),
             STEPS - 1,
             HALVES,
         )

@@ -11,6 +11,7 @@ _GROUP = 128
 _FEWEST_ROWS, _MANY_ROWS = 512, 2 * 16 * MULTIPROCESSORS + 1  # the least measured; more tiles than teams
 _LONG = 4  # steps of a tile from which it is faster whatever the rows
 _MOST_COLUMNS = 28672  # that were measured
+_PREFETCHED = 16 * _GROUP  # columns, a step: more would be asked for twice, and stand before what is needed first
 _WARPS, _REGISTERS = 16, 128  # all registers of a multiprocessor
 _TOKENS, _ROWS = 8, 16  # of a tile
 
@@ -84,8 +85,7 @@ def multiply_spec(
         block_n=_ROWS,
         num_warps=_WARPS,
         overlap=True,
-        prefetch=16
-        * _GROUP,  # a step: what comes later would be asked for twice, and stand before what is needed first
+        prefetch=_PREFETCHED,
         max_registers=_REGISTERS,
         **facts,
     )

@@ -175,6 +175,7 @@ def resident_mma(
     ready = base + rings.laid_out("barriers_at", GROUPS, SIZE, HALVES, NUM_SLICES)
     resident_tiles.begin_barriers(ready, tid, rings.laid_out("places", GROUPS, SIZE, HALVES), GROUPS)
     gdc_wait()
+    # Counts are under way while the first copies are begun.
     offs = gl.arange(0, 8, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     counts = gl.load(counts_ptr + offs, mask=offs < tokens, other=1)
     acts, weights = (high_ptr, low_ptr, affine_ptr), (scale_ptrs, zero_ptrs, y_ptrs, bias_ptrs, rows)
