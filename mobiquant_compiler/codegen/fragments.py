@@ -78,6 +78,19 @@ def thread_again(tid, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def by_warps(tid, WARPS: tl.constexpr):
+    """Return the numbers of a program's threads, which they were given, as sums of a warp's number and a lane's.
+
+    Warps have their numbers from their first lanes: the compiler then knows that what depends on no lane is the same in
+    all of them. Copies and barriers want such numbers, and others would be brought to them by loops over lanes.
+    """
+    warp = tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [tid // 32], dtype=tl.int32, is_pure=False, pack=1
+    )
+    return (warp & (WARPS - 1)) * 32 + tid % 32
+
+
+@triton.jit
 def end_program(uniform):
     """End the program for threads that come to this: they have nothing left, and the compiler knows it."""
     tl.inline_asm_elementwise("mov.b32 $0, $1; exit;", "=r,r", [uniform], dtype=tl.int32, is_pure=False, pack=1)

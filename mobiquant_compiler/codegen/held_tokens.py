@@ -32,6 +32,15 @@ def pass_through(places, groups):
 
 
 @triton.constexpr_function
+def early(places, groups):
+    """Return of how many steps activations are asked for before slice counts are known: all that have a place, or one.
+
+    One where all stay, of more than two steps: they would stand before the words of the first.
+    """
+    return places if pass_through(places, groups) or places <= 2 else 1
+
+
+@triton.constexpr_function
 def last_groups(groups):
     """Return how many groups the last step of a tile has; all others have 16."""
     return (groups - 1) % 16 + 1

@@ -32,6 +32,16 @@ SUMS = tl.constexpr(SUMS_BYTES)
 RINGS = tl.constexpr(RINGS_AT)
 
 
+@triton.constexpr_function
+def at_once(count, alike, groups):
+    """Say whether both groups of a step are multiplied at once, so that products of one fill the waits of the other.
+
+    Else they are in a loop, of half as many instructions. Measured on an H200: the loop is as fast where codes of more
+    than two slices are one integer, and faster where tiles of two steps have more than two slices.
+    """
+    return count <= 2 or (not alike and groups > 32)
+
+
 @triton.jit
 def begin_barriers(ready, tid, PLACES: tl.constexpr, GROUPS: tl.constexpr):
     """Begin all barriers; nothing is copied before."""
@@ -46,13 +56,13 @@ def begin_barriers(ready, tid, PLACES: tl.constexpr, GROUPS: tl.constexpr):
 def ask_first(acts, weights, base, ready, tid, SLICES: tl.constexpr, GROUPS: tl.constexpr, HALVES: tl.constexpr):
     """Ask for what comes first, whatever the slice counts, which are under way.
 
-    Those are activations of the first step, or of all steps that have a place where they pass through; the base slice
-    of the first step; scales of the first tile.
+    Those are the first activations (`held_tokens.early`), the base slice of the first step, and scales of the first
+    tile.
     """
     SIZE: tl.constexpr = weights[0][0].dtype.element_ty.primitive_bitwidth // 8
     PLACES: tl.constexpr = rings.laid_out("places", GROUPS, SIZE, HALVES)
     THERE: tl.constexpr = rings.laid_out("held_groups", GROUPS, SIZE, HALVES)
-    EARLY: tl.constexpr = PLACES if held_tokens.pass_through(PLACES, GROUPS) else 1
+    EARLY: tl.constexpr = held_tokens.early(PLACES, GROUPS)
     held_tokens.ask(base, ready, acts, tid, 0, EARLY, THERE, GROUPS, HALVES)
     ring = rings.ring_of(base, tid, SIZE, GROUPS, HALVES, SLICES)
     rings.ask_base(ring, ready + RINGS + tid // 32 * 16, weights, tid)
@@ -157,57 +167,43 @@ def multiply_step(
     grids,
     tid,
     given,
+    following,
     THERE: tl.constexpr,
     COUNT: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUP: tl.constexpr,
     LAYOUT: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    GROUPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Add a step to the sums; group: the first of a warp's pair.
+    """Add a step to the sums, and have the words of another one come to where its own were.
 
-    Groups are added in a loop, which has half as many instructions, where a tile has more than two steps.
+    They are asked for between groups where those are multiplied at once: the copy engine has to wait for what lanes
+    read, and by then it is there. Of one slice products take so little that words would come late.
+
+    group: the first of a warp's pair; following: what `rings.refill` wants of the other step.
     """
+    slot, full, turn, step, weights = following
     now = group_of(words, grids, 0)
-    following = group_of(words, grids, 1)
-    if K_PADDED > 32 * GROUP:
+    second = group_of(words, grids, 1)
+    AT_ONCE: tl.constexpr = at_once(COUNT, ALIKE, GROUPS)
+    BETWEEN: tl.constexpr = AT_ONCE and COUNT > 1
+    if not BETWEEN:
+        rings.refill(slot, full, turn, step, weights, tid, COUNT, GROUPS)
+    if AT_ONCE:
+        sums = add_group(sums, base, group, now, tid, given, THERE, COUNT, ALIKE, WIDTHS, GROUP, LAYOUT, ACTIVATION)
+        if BETWEEN:
+            rings.refill(slot, full, turn, step, weights, tid, COUNT, GROUPS)
+        group += 1
+        sums = add_group(sums, base, group, second, tid, given, THERE, COUNT, ALIKE, WIDTHS, GROUP, LAYOUT, ACTIVATION)
+    else:
         # The compiler must not know that the grid is one wide.
         for which in tl.range(0, tl.num_programs(0) + 1):
             sums = add_group(
-                sums,
-                base,
-                group + which,
-                now,
-                tid,
-                given,
-                THERE,
-                COUNT,
-                ALIKE,
-                WIDTHS,
-                GROUP,
-                LAYOUT,
-                ACTIVATION,
+                sums, base, group + which, now, tid, given, THERE, COUNT, ALIKE, WIDTHS, GROUP, LAYOUT, ACTIVATION
             )
-            now = following
-    else:
-        for which in tl.static_range(2):
-            sums = add_group(
-                sums,
-                base,
-                group + which,
-                now if which == 0 else following,
-                tid,
-                given,
-                THERE,
-                COUNT,
-                ALIKE,
-                WIDTHS,
-                GROUP,
-                LAYOUT,
-                ACTIVATION,
-            )
+            now = second
     return sums
 
 
@@ -255,10 +251,10 @@ def multiply_tiles(
     facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
     zero = tl.program_id(1) * 0
     rings.ask(ring, full, zero, zero, weights, tid, 1, COUNT, GROUPS)
-    if not held_tokens.pass_through(PLACES, GROUPS):
+    if held_tokens.early(PLACES, GROUPS) < PLACES:
         # What the first step needs is not to stand in line behind all other activations.
         copy_engine.wait_for(full, zero)
-        held_tokens.ask(base, ready, acts, tid, 1, STEPS, THERE, GROUPS, HALVES)
+        held_tokens.ask(base, ready, acts, tid, held_tokens.early(PLACES, GROUPS), STEPS, THERE, GROUPS, HALVES)
     for ahead in tl.static_range(1, DEPTH):
         rings.ask(ring + ahead * SLOT, full + ahead * 8, zero, zero + ahead, weights, tid, 0, COUNT, GROUPS)
     shared_memory.wait_for_copies(tid)
@@ -275,7 +271,7 @@ def multiply_tiles(
             group = held_tokens.wait_for(ready, turn, step, tid, PLACES, GROUPS)
             words, grids = rings.take(facts, here, turn, step, tid, DTYPE, COUNT, GROUPS, HALVES)
             over = (step + DEPTH >= STEPS).to(tl.int32)
-            rings.ask(here, its, turn + over, step + DEPTH - over * STEPS, weights, tid, 0, COUNT, GROUPS)
+            following = (here, its, turn + over, step + DEPTH - over * STEPS, weights)
             slot = (slot + 1) % DEPTH
             parity = tl.where(slot == 0, 1 - parity, parity)
             sums = multiply_step(
@@ -286,13 +282,14 @@ def multiply_tiles(
                 grids,
                 tid,
                 (shrinks, most),
+                following,
                 THERE,
                 COUNT,
                 ALIKE,
                 WIDTHS,
                 GROUP,
                 LAYOUT,
-                K_PADDED,
+                GROUPS,
                 ACTIVATION,
             )
             held_tokens.give_back(base, ready, acts, turn, step, weights[4], tid, PLACES, GROUPS, HALVES)

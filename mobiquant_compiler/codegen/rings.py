@@ -166,5 +166,11 @@ def take(
             # A group that is not there adds nothing, whatever words are in the slot.
             grid = (tl.where(here, grid[0], 0.0), tl.where(here, grid[1], 0.0), grid[2], grid[3])
         grids = grids + (grid,)
-    copy_engine.give_back(tid)
     return words, grids
+
+
+@triton.jit
+def refill(slot, full, turn, step, weights, tid, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """Ask for the words of a step of a turn's tile where those that `take` read have been."""
+    copy_engine.give_back(tid)
+    ask(slot, full, turn, step, weights, tid, 0, COUNT, GROUPS)

@@ -151,14 +151,15 @@ def test_each_body_of_resident_mma_ends_the_program() -> None:
 
 
 def test_programs_of_resident_mma_let_the_next_kernel_begin_behind_products_of_a_last_tile() -> None:
-    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
+    ptx = kernels.compile_for(resident(14336), 90).asm["ptx"]
     order = re.findall(r"mma\.sync|st\.global|(?:@p )?griddepcontrol\.\w+", ptx)
     assert order[0] == "griddepcontrol.wait"
     signals = [at for at, name in enumerate(order) if name == "@p griddepcontrol.launch_dependents"]
     assert len(signals) == 7, "one a body, if there is no next tile"
     assert len(signals) == sum("griddepcontrol.launch" in name for name in order)
-    for at in signals:
-        assert (order[at - 1], order[at + 1]) == ("mma.sync", "st.global")
+    assert all(order[at + 1] == "st.global" for at in signals)
+    # A loop over groups stands behind all that is in the loop around it.
+    assert sum(order[at - 1] == "mma.sync" for at in signals) == 5, "in two bodies groups are in a loop"
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -240,13 +241,20 @@ def test_bodies_of_short_and_long_chains_are_told_apart_in_registers(n: int, k: 
     assert max(sum(spills(body)) for body in bodies) <= most
 
 
-def test_long_tiles_have_half_as_many_instructions(cuobjdump: str) -> None:
-    """A group at a time where a tile has more than two steps, else both groups of a step one after the other."""
-    for k, groups in ((4096, 2), (8192, 1), (14336, 1)):
-        bodies = loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "IMMA")
-        products = {sum("IMMA" in i for i in body) for body in bodies}
-        assert {8 * groups * slices for slices in (1, 2, 3, 4)} <= products
-        assert not any(16 * groups * 4 <= count for count in products)
+@pytest.mark.parametrize(("k", "unlike"), [(4096, (32, 24, 32)), (8192, (32, 48, 64)), (14336, (32, 48, 64))])
+def test_groups_are_multiplied_at_once_or_in_a_loop(k: int, unlike: tuple[int, ...], cuobjdump: str) -> None:
+    """Both groups of a step where that was faster: of few slices, and of unlike tokens where tiles are long."""
+    bodies = list(loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "IMMA"))
+    assert sorted(sum("IMMA" in i for i in body) for body in bodies) == sorted((16, 16, 8, 8, *unlike))
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_what_copies_are_told_is_known_to_be_the_same_in_a_warp(k: int, cuobjdump: str) -> None:
+    """Numbers in registers of a lane would be brought to copies and barriers one by one, lane by lane."""
+    steps = [loop for loop in loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "UTMALDG") if len(loop) > 50]
+    assert len(steps) >= 7
+    for step in steps:
+        assert sum("R2UR" in i for i in step) <= 4, "of some 20 numbers"
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])

@@ -154,6 +154,7 @@ def resident_mma(
     # Read by place only (`copy_engine.descriptor`); named here, they stay parameters.
     descs = of_each(p0=slices_desc, p1=slices1_desc, p2=slices2_desc, p3=slices3_desc, PARTS=PARTS)
     tid = gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    tid = fragments.by_warps(tid, NUM_WARPS)
     # Have the base slice come near while the kernel before ends; only then read its work.
     for number in gl.static_range(len(descs)):
         copy_engine.fetch_descriptor(copy_engine.descriptor(tid, rings.KERNEL, number))
