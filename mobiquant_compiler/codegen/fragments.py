@@ -79,11 +79,13 @@ def thread_again(tid, EMULATE: tl.constexpr):
 
 @triton.jit
 def by_warps(tid, WARPS: tl.constexpr):
-    """Return the numbers of a program's threads, which they were given, as sums of a warp's number and a lane's.
+    """Return the numbers of a program's threads, of WARPS warps, as sums of a warp's number and a lane's.
 
     Warps have their numbers from their first lanes: the compiler then knows that what depends on no lane is the same in
-    all of them. Copies and barriers want such numbers, and others would be brought to them by loops over lanes.
+    all of them, and has it in uniform registers, where copies and barriers want it. Else it takes a register a lane,
+    and is brought from there each time.
     """
+    tl.static_assert(WARPS & (WARPS - 1) == 0, "warps are a power of two")
     warp = tl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [tid // 32], dtype=tl.int32, is_pure=False, pack=1
     )

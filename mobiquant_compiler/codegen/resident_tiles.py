@@ -33,13 +33,13 @@ RINGS = tl.constexpr(RINGS_AT)
 
 
 @triton.constexpr_function
-def at_once(count, alike, groups):
+def both_at_once(count, alike, groups):
     """Say whether both groups of a step are multiplied at once, so that products of one fill the waits of the other.
 
-    Else they are in a loop, of half as many instructions. Measured on an H200: the loop is as fast where codes of more
-    than two slices are one integer, and faster where tiles of two steps have more than two slices.
+    Else they are in a loop, of half as many instructions. On an H200 (sweeps, not kept) that was as fast where codes of
+    more than two slices are one integer, and faster where tiles of two steps have more than two slices.
     """
-    return count <= 2 or (not alike and groups > 32)
+    return count <= 2 or (not alike and held_tokens.steps_of(groups) > 2)
 
 
 @triton.jit
@@ -180,21 +180,22 @@ def multiply_step(
     """Add a step to the sums, and have the words of another one come to where its own were.
 
     They are asked for between groups where those are multiplied at once: the copy engine has to wait for what lanes
-    read, and by then it is there. Of one slice products take so little that words would come late.
+    read, and by then it is there. Of one slice products take so little that words would come late: they are asked for
+    before.
 
     group: the first of a warp's pair; following: what `rings.refill` wants of the other step.
     """
-    slot, full, turn, step, weights = following
+    slot, full, next_turn, next_step, weights = following
     now = group_of(words, grids, 0)
     second = group_of(words, grids, 1)
-    AT_ONCE: tl.constexpr = at_once(COUNT, ALIKE, GROUPS)
+    AT_ONCE: tl.constexpr = both_at_once(COUNT, ALIKE, GROUPS)
     BETWEEN: tl.constexpr = AT_ONCE and COUNT > 1
     if not BETWEEN:
-        rings.refill(slot, full, turn, step, weights, tid, COUNT, GROUPS)
+        rings.refill(slot, full, next_turn, next_step, weights, tid, COUNT, GROUPS)
     if AT_ONCE:
         sums = add_group(sums, base, group, now, tid, given, THERE, COUNT, ALIKE, WIDTHS, GROUP, LAYOUT, ACTIVATION)
         if BETWEEN:
-            rings.refill(slot, full, turn, step, weights, tid, COUNT, GROUPS)
+            rings.refill(slot, full, next_turn, next_step, weights, tid, COUNT, GROUPS)
         group += 1
         sums = add_group(sums, base, group, second, tid, given, THERE, COUNT, ALIKE, WIDTHS, GROUP, LAYOUT, ACTIVATION)
     else:
@@ -239,6 +240,7 @@ def multiply_tiles(
     SLICES: tl.constexpr = len(WIDTHS)
     PLACES: tl.constexpr = rings.laid_out("places", GROUPS, SIZE, HALVES)
     THERE: tl.constexpr = rings.laid_out("held_groups", GROUPS, SIZE, HALVES)
+    EARLY: tl.constexpr = held_tokens.early(PLACES, GROUPS)
     DEPTH: tl.constexpr = rings.laid_out("depth", GROUPS, SIZE, HALVES, COUNT)
     SIDES: tl.constexpr = rings.laid_out("sides", GROUPS, SIZE, HALVES, COUNT)
     SUMS_FROM: tl.constexpr = rings.laid_out("sums_at", GROUPS, SIZE, HALVES, COUNT)
@@ -251,10 +253,10 @@ def multiply_tiles(
     facts = rings.facts_of(base, tid, SIZE, GROUPS, HALVES)
     zero = tl.program_id(1) * 0
     rings.ask(ring, full, zero, zero, weights, tid, 1, COUNT, GROUPS)
-    if held_tokens.early(PLACES, GROUPS) < PLACES:
+    if EARLY < PLACES:
         # What the first step needs is not to stand in line behind all other activations.
         copy_engine.wait_for(full, zero)
-        held_tokens.ask(base, ready, acts, tid, held_tokens.early(PLACES, GROUPS), STEPS, THERE, GROUPS, HALVES)
+        held_tokens.ask(base, ready, acts, tid, EARLY, STEPS, THERE, GROUPS, HALVES)
     for ahead in tl.static_range(1, DEPTH):
         rings.ask(ring + ahead * SLOT, full + ahead * 8, zero, zero + ahead, weights, tid, 0, COUNT, GROUPS)
     shared_memory.wait_for_copies(tid)

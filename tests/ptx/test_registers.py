@@ -14,12 +14,11 @@ import pytest
 from mobiquant_compiler.codegen import cache as kernels
 from mobiquant_compiler.codegen import toolchain
 from mobiquant_compiler.codegen.batch_configs import BatchTile, batch_spec
-from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec, shared_bytes
+from mobiquant_compiler.codegen.configs import Target, TokenClass, kernel_spec
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
-from mobiquant_compiler.codegen.resident_layout import ResidentLayout
-from mobiquant_compiler.codegen.resources import measure
 from mobiquant_compiler.spec import Activation, Family, KernelSpec, Layout, SliceSpec
 from tests.kernel_cases import spec_id
+from tests.resident_cases import resident
 
 ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 WIDE_LOAD = re.compile(r"\bLDG\.\S*128")
@@ -93,15 +92,6 @@ def test_one_token_has_nothing_in_local_memory(k: int, cuobjdump: str) -> None:
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
-def resident(k: int, **options: Any) -> KernelSpec:
-    """Return the kernel of few tokens and many rows, or skip."""
-    if reason := toolchain.gluon_refusal():
-        pytest.skip(reason)
-    spec = multiply_spec(SliceSpec(), k, TokenClass.FEW, Target.of(90), n=14336, **options)
-    assert spec.family is Family.RESIDENT_MMA
-    return spec
-
-
 @pytest.mark.parametrize(
     ("k", "options"),
     [
@@ -131,74 +121,6 @@ def test_words_ahead_take_no_exchange_of_lanes(k: int, options: dict, cuobjdump:
     assert sum(spills(sass.splitlines())) <= 32
     usage = disassembled(spec, 90, cuobjdump, "-res-usage")
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
-
-
-@pytest.mark.parametrize(("k", "barriers"), [(4096, 2 + 2), (14336, 2 * 3 + 2)])
-def test_copies_begin_behind_the_barriers_that_they_name(k: int, barriers: int) -> None:
-    """The copy engine sees barriers behind one fence; all threads meet behind it, then wait for the kernel before."""
-    ptx = kernels.compile_for(resident(k), 90).asm["ptx"]
-    steps = re.findall(r"mbarrier\.init|fence\.mbarrier_init|bar\.sync \S+, 512|griddepcontrol\.wait", ptx)
-    begun = steps.index("fence.mbarrier_init")
-    assert steps[:begun] == ["mbarrier.init"] * barriers
-    assert (steps[begun + 1][:8], steps[begun + 2]) == ("bar.sync", "griddepcontrol.wait")
-    assert not {"mbarrier.init", "fence.mbarrier_init"} & {*steps[begun + 1 :]}
-
-
-def test_each_body_of_resident_mma_ends_the_program() -> None:
-    """In its loop where no tile is left, and behind it: then ptxas knows that nothing follows."""
-    ptx = kernels.compile_for(resident(4096), 90).asm["ptx"]
-    assert len(re.findall(r"\bexit;", ptx)) == 2 * 7
-
-
-def test_programs_of_resident_mma_let_the_next_kernel_begin_behind_products_of_a_last_tile() -> None:
-    ptx = kernels.compile_for(resident(14336), 90).asm["ptx"]
-    order = re.findall(r"mma\.sync|st\.global|(?:@p )?griddepcontrol\.\w+", ptx)
-    assert order[0] == "griddepcontrol.wait"
-    signals = [at for at, name in enumerate(order) if name == "@p griddepcontrol.launch_dependents"]
-    assert len(signals) == 7, "one a body, if there is no next tile"
-    assert len(signals) == sum("griddepcontrol.launch" in name for name in order)
-    assert all(order[at + 1] == "st.global" for at in signals)
-    # A loop over groups stands behind all that is in the loop around it.
-    assert sum(order[at - 1] == "mma.sync" for at in signals) == 5, "in two bodies groups are in a loop"
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_descriptors_are_the_first_parameters(parts: int) -> None:
-    """Copies find a descriptor by the number of its parameter: each is one of 128 bytes, two sizes and two strides."""
-    ptx = kernels.compile_for(resident(4096, parts=parts), 90).asm["ptx"]
-    wanted = [str(5 * number) for number in range(parts)]
-    assert re.findall(r"\.param \.align 64 \.b8 resident_mma_param_(\d+)\[128\]", ptx) == wanted
-    assert {*re.findall(r"mov\.b64 a, resident_mma_param_(\d+);", ptx)} == {*wanted}
-
-
-@pytest.mark.parametrize(
-    ("k", "activation"), [(3000, "a16"), (4096, "a8"), (8192, "a16"), (14336, "a16"), (28672, "a8")]
-)
-def test_memory_is_reserved_from_its_beginning(k: int, activation: str) -> None:
-    """Addresses are counted from the symbol of all shared memory: nothing else may be there, and all must be."""
-    spec = resident(k, activation=Activation(activation))
-    wanted = ResidentLayout(spec.k // 128, 2, 2 if activation == "a16" else 1).total_bytes(4)
-    compiled = kernels.compile_for(spec, 90)
-    assert compiled.metadata.shared == wanted, "Triton takes none beside it"
-    ptx = compiled.asm["ptx"]
-    assert ptx.count(".shared .align") == 1, "one symbol"
-    assert re.search(r"\.extern \.shared \.align \d+ \.b8 global_smem\[\];", ptx)
-    assert f"+{wanted - 128}], " in ptx, "the mark is written behind all else: the allocation begins at the symbol"
-    assert measure(spec, 90).shared_bytes == wanted <= shared_bytes(spec)
-
-
-@pytest.mark.parametrize("k", [8192, 14336])
-def test_the_last_warp_asks_for_activations_that_pass_through(k: int) -> None:
-    """Who finds that no other is missing, behind the reads of its own lanes and then of all warps."""
-    ptx = kernels.compile_for(resident(k), 90).asm["ptx"]
-    found = r"pending_count|fence\.\w+|cp\.async\.bulk\.shared|bar\.warp|elect|mbarrier\.arrive\.\w+"
-    order = re.findall(found, ptx)
-    passed = [at for at, name in enumerate(order) if name == "pending_count"]
-    assert len(passed) == (7 if k > 8192 else 0), "one a body"
-    for at in passed:
-        assert order[at - 3 : at] == ["bar.warp", "elect", "mbarrier.arrive.shared"]
-        asked = ["fence.acq_rel", "fence.proxy", "mbarrier.arrive.expect_tx", *["cp.async.bulk.shared"] * 3]
-        assert order[at + 1 : at + 1 + len(asked)] == asked
 
 
 @pytest.mark.parametrize(("k", "layout"), [(4096, "slice_major"), (4096, "bit_major"), (14336, "slice_major")])
@@ -241,20 +163,12 @@ def test_bodies_of_short_and_long_chains_are_told_apart_in_registers(n: int, k: 
     assert max(sum(spills(body)) for body in bodies) <= most
 
 
-@pytest.mark.parametrize(("k", "unlike"), [(4096, (32, 24, 32)), (8192, (32, 48, 64)), (14336, (32, 48, 64))])
-def test_groups_are_multiplied_at_once_or_in_a_loop(k: int, unlike: tuple[int, ...], cuobjdump: str) -> None:
-    """Both groups of a step where that was faster: of few slices, and of unlike tokens where tiles are long."""
-    bodies = list(loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "IMMA"))
-    assert sorted(sum("IMMA" in i for i in body) for body in bodies) == sorted((16, 16, 8, 8, *unlike))
-
-
-@pytest.mark.parametrize("k", [4096, 14336])
-def test_what_copies_are_told_is_known_to_be_the_same_in_a_warp(k: int, cuobjdump: str) -> None:
-    """Numbers in registers of a lane would be brought to copies and barriers one by one, lane by lane."""
+@pytest.mark.parametrize(("k", "most"), [(4096, 2), (5120, 5), (8192, 5), (14336, 3), (28672, 3)])
+def test_what_copies_are_told_is_known_to_be_the_same_in_a_warp(k: int, most: int, cuobjdump: str) -> None:
+    """It is in uniform registers; what is in registers of lanes is brought from there before each copy and barrier."""
     steps = [loop for loop in loops(disassembled(resident(k), 90, cuobjdump, "-sass"), "UTMALDG") if len(loop) > 50]
     assert len(steps) >= 7
-    for step in steps:
-        assert sum("R2UR" in i for i in step) <= 4, "of some 20 numbers"
+    assert max(sum("R2UR" in i for i in step) for step in steps) <= most
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mobiquant_compiler import kernels
-from mobiquant_compiler.codegen import configs
+from mobiquant_compiler.codegen import configs, held_tokens, resident_tiles
 from mobiquant_compiler.codegen.configs import Target, TokenClass
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
 from mobiquant_compiler.codegen.resident_layout import (
@@ -232,3 +232,19 @@ def test_without_gluon_a_program_for_each_tile(
     monkeypatch.setattr("mobiquant_compiler.codegen.toolchain.interpreting", lambda: False)
     found = kernels.multiply_kernel.__wrapped__(SPEC, ROWS, COLUMNS, TokenClass.FEW, H100, Activation.A16)
     assert found.family is family
+
+
+@pytest.mark.parametrize(
+    ("columns", "unlike", "alike"),
+    [(3072, {1, 2}, {1, 2}), (4096, {1, 2}, {1, 2}), (5120, {1, 2, 3, 4}, {1, 2}), (28672, {1, 2, 3, 4}, {1, 2})],
+)
+def test_both_groups_of_a_step_are_multiplied_at_once(columns: int, unlike: set[int], alike: set[int]) -> None:
+    counts = range(1, 5)
+    assert {count for count in counts if resident_tiles.both_at_once(count, False, columns // 128)} == unlike
+    assert {count for count in counts if resident_tiles.both_at_once(count, True, columns // 128)} == alike
+
+
+@pytest.mark.parametrize(("groups", "early"), [(24, 2), (32, 2), (40, 1), (64, 1), (72, 3), (112, 3), (224, 2)])
+def test_activations_that_are_asked_for_before_the_counts(groups: int, early: int) -> None:
+    """All of two steps, or all that have a place where they pass through; else a step."""
+    assert held_tokens.early(ResidentLayout(groups, 2, 2).places, groups) == early
