@@ -19,10 +19,11 @@ from typing import Any
 
 import linear_summary
 import record
+import result_files
 import torch
 from linear_accuracy import accuracies
 from linear_bandwidth import bandwidths
-from linear_cases import shape
+from linear_cases import shape, token_count
 from linear_ours import (
     SMALL_BATCH,
     TRAINED_WIDTH,
@@ -61,15 +62,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=shape, help="output rows x input columns")
-    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--tokens", nargs="+", type=token_count)
     parser.add_argument("--slices", nargs="+", type=int, default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and numbers of tokens")
     parser.add_argument("--budget-s", type=float, default=460.0, help="leave out what would end later than this")
     parser.add_argument("--workers", type=int, default=15, help="processes that compile beforehand; 0: none")
     parser.add_argument("--seed", type=int, help="repeat a run's random data; default: new data")
-    parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark out")
-    parser.add_argument("--out", type=record.result_file, metavar="FILE")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only tries the benchmark out")
+    parser.add_argument("--out", type=result_files.output, metavar="FILE")
     args = parser.parse_args(given)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu tries the benchmark out, without figures that mean anything")

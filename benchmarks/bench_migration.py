@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+import result_files
 import torch
 from bench_quality import CALIBRATION as CALIBRATIONS
 from bench_quality import TEXTS
@@ -42,7 +43,7 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, help="calibrate, and keep finished steps here")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=record.result_file, metavar="FILE")
+    parser.add_argument("--out", type=result_files.output, metavar="FILE")
     return parser
 
 

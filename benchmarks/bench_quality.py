@@ -26,6 +26,7 @@ from typing import Any
 
 import quality_jobs
 import record
+import result_files
 import torch
 from safetensors.torch import load_file
 
@@ -97,7 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without our backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", action="store_true", help="keep rows that --out holds of methods not measured now")
-    parser.add_argument("--out", type=record.result_file, metavar="FILE")
+    parser.add_argument("--out", type=result_files.output, metavar="FILE")
     args = parser.parse_args()
     if args.calibrate and args.state is None:
         parser.error("--calibrate needs --state")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 import record
+import result_files
 
 from mobiquant_compiler.cli.bench import METHODS, Settings, measure
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")
-    parser.add_argument("--out", type=record.result_file, metavar="FILE")
+    parser.add_argument("--out", type=result_files.output, metavar="FILE")
     args = parser.parse_args()
     settings = Settings(args.prompt, args.tokens, args.repeat)
     rows = measure(args.model, args.methods, args.budgets, settings, args.device, args.dtype)

@@ -1,4 +1,4 @@
-"""Shapes and cases of one linear, as command lines name them."""
+"""Shapes, numbers of tokens and cases of one linear, as command lines name them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ def shape(text: str) -> tuple[int, int]:
     if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; wanted NxK, as 4096x4096")
     return int(n), int(k)
+
+
+def token_count(text: str) -> int:
+    """Read a number of tokens."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; wanted 1 or more")
+    return int(text)
 
 
 def case(text: str) -> tuple[int, int, str]:

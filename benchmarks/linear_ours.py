@@ -19,7 +19,8 @@ from mobiquant_compiler.spec import Activation, Layout, Prefill, SliceSpec
 WIDTHS, GROUP = (2, 2, 2, 2), 128
 SMALL_BATCH = 64  # up to here the multiplication is also timed alone, on prepared activations
 A8_TOKENS = BIT_MAJOR_TOKENS = (1, 8)
-BIT_MAJOR_SHAPE = (4096, 4096)
+BIT_MAJOR_SHAPE = (4096, 4096)  # here all slices, and eight tokens too; elsewhere one token, these slices
+BIT_MAJOR_SLICES = (2, 4)
 PREFILL_SHARES = (0.4, 0.3, 0.2, 0.1)  # of tokens that use 1, 2, 3 and 4 slices: 2 on average
 TRAINED_WIDTH = 12  # hidden units of the trained router, those of a calibration's default
 TOLERANCES = {"a16": 1e-2, "a8": 3e-2}
@@ -52,8 +53,10 @@ def cases(n: int, k: int, tokens: int, slices: Sequence[int]) -> list[Case]:
     found += [Case(count, "mixed") for count in slices if count in (2, most) and count <= tokens]
     if tokens in A8_TOKENS:
         found += [Case(count, activation="a8") for count in slices]
-    if (n, k) == BIT_MAJOR_SHAPE and tokens in BIT_MAJOR_TOKENS:
-        found += [Case(count, layout="bit_major") for count in slices]
+    if tokens in BIT_MAJOR_TOKENS:
+        whole = (n, k) == BIT_MAJOR_SHAPE
+        chosen = slices if whole else [count for count in slices if tokens == 1 and count in BIT_MAJOR_SLICES]
+        found += [Case(count, layout="bit_major") for count in chosen]
     return found
 
 

@@ -5,12 +5,14 @@ python benchmarks/linear_summary.py benchmarks/results/h100/linear.json
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import result_files
 
 Row = Mapping[str, Any]
 
@@ -20,6 +22,7 @@ BANDWIDTH, LARGEST = 0.85, 2  # share of what reading reaches, on so many of the
 EIGHT_TOKENS = 1.25  # times of eight mixed tokens over one token's
 PREFILL = {1024: 0.75, 4096: 0.9}  # tokens: speed over bf16, two slices a token on average
 PREPARE_K, PREPARE_US = 4096, 3.5
+READ = {"rows": ("n", "k", "tokens", "slices", "time_us", "bandwidth_tb_s"), "prepare": ("time_us",)}  # columns by list
 ERRORS = {"a16": 0.0001, "a8": 0.01}  # activation: the largest relative error of float32 outputs
 
 
@@ -160,14 +163,20 @@ def lines(summary: Iterable[Row]) -> list[str]:
     return [*written, f"{met} of {len(written)} promises kept"]
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> int:
     """Print the summary of a result file."""
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, metavar="FILE", help="what bench_linear.py wrote")
+    args = parser.parse_args(given)
+    try:
+        result = result_files.read(args.results, "benchmarks/bench_linear.py", ["bandwidth"], READ)
+    except result_files.BadResult as error:
+        print(error, file=sys.stderr)
+        return 2
     for line in lines(summarize(result["rows"], result["prepare"], result["bandwidth"], result.get("accuracy", ()))):
         print(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

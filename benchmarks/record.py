@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -94,18 +93,6 @@ def environment(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python", *(Path(a).name if a.startswith("/") else a for a in sys.argv)]),
     }
-
-
-def result_file(text: str) -> Path:
-    """Return where a run is asked to write its results, for a command line: before anything is measured.
-
-    Raises:
-        ArgumentTypeError: it is a folder.
-    """
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; wanted the name of a file, as {path / 'results.json'}")
-    return path
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], device: str, **notes: Any) -> None:

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import result_files
+from result_files import BadResult
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 STYLE = {"svg.hashsalt": "mobiquant", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of the documents, and what it is drawn from.
+
+    Attributes:
+        results: The result file, if the command line names no other.
+        out: Where the picture goes, if the command line names no other place.
+        measured_by: What writes such result files.
+        columns: Those that each row must have.
+        facts: What else the file must have.
+        kinds: Suffixes of files that can be drawn.
+    """
+
+    results: Path
+    out: Path
+    measured_by: str
+    columns: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = (".svg", ".png", ".pdf")
+
+    def file(self, text: str) -> Path:
+        """Return where a command line wants the picture.
+
+        Raises:
+            ArgumentTypeError: nothing can be written there, or its suffix is none of `kinds`.
+        """
+        path = result_files.output(text, self.out.name)
+        if path.suffix not in self.kinds:
+            ends = " or ".join(self.kinds)
+            raise argparse.ArgumentTypeError(f"{text} names no kind of picture; wanted {ends} at its end")
+        return path
+
+
 def run(
     about: str | None,
-    paths: tuple[Path, Path],
-    measured_by: str,
+    picture: Picture,
     draw: Callable[[Mapping[str, Any], Path], None],
     arguments: Sequence[str] | None,
 ) -> int:
@@ -26,24 +63,32 @@ def run(
 
     Args:
         about: The script's docstring.
-        paths: Where the result is and where the picture goes, if the command line names nothing else.
-        measured_by: What to run where there is no result yet.
-        draw: Writes the picture of a result to a path, whose folder is there.
+        picture: What is drawn, of what.
+        draw: Writes the picture of a result to a path, whose folder is there; may raise `BadResult`.
         arguments: The command line; None is that of the process.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=paths[0])
-    parser.add_argument("--out", type=Path, default=paths[1])
+    parser.add_argument("--results", type=Path, default=picture.results, metavar="FILE")
+    parser.add_argument("--out", type=picture.file, default=picture.out, metavar="FILE")
     args = parser.parse_args(arguments)
     try:
-        result = json.loads(args.results.read_text(encoding="utf-8"))
-    except OSError as error:
-        print(f"{args.results}: {os.strerror(error.errno or 0)}; measure first: {measured_by}")
+        result = result_files.read(args.results, picture.measured_by, picture.facts, {"rows": picture.columns})
+        _draw(result, args.results, args.out, draw)
+    except BadResult as error:
+        print(error, file=sys.stderr)
         return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(result, args.out)
     print(f"wrote {args.out}")
     return 0
+
+
+def _draw(result: Mapping[str, Any], source: Path, out: Path, draw: Callable[[Mapping[str, Any], Path], None]) -> None:
+    if not result["rows"]:
+        raise BadResult(f"{source}: it has no rows, so there is nothing to draw; measure again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draw(result, out)
+    except BadResult as error:
+        raise BadResult(f"{source}: {error}") from error
 
 
 @contextmanager

@@ -20,6 +20,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+PICTURE = pictures.Picture(
+    pictures.RESULTS / "h100" / "linear.json",
+    pictures.IMAGES / "linear_h100.svg",
+    "benchmarks/bench_linear.py",
+    ("n", "k", "tokens", "slices", "counts", "activation", "layout", "time_us", "total_us", "bf16_us"),
+    ("device", "versions", "date"),
+)
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
 OURS = ("#08519c", "#3182bd", "#6baed6", "#a6cee8")  # 1, 2, 3 and 4 slices
 RIVALS = {
@@ -118,6 +125,9 @@ def draw_lines(axes: Axes, rows: Sequence[Row], shape: tuple[int, int]) -> None:
         ticks |= set(tokens)
         width = 2.0 if key == "total_us" else 1.4
         axes.plot(tokens, times, line, marker=marker, markersize=3.8, color=color, linewidth=width, label=label)
+    if not ticks:
+        wanted = "activation a16, layout slice_major, counts uniform with 2 slices or mixed with 4"
+        raise pictures.BadResult(f"no row of {shape[0]} x {shape[1]} has a time; wanted some of {wanted}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(ticks), [str(t) for t in sorted(ticks)])
@@ -140,6 +150,9 @@ def draw(result: Mapping[str, Any], out: Path, shape: tuple[int, int] | None = N
         result: What bench_linear.py wrote.
         out: Where to.
         shape: Of the lower part; None takes the largest.
+
+    Raises:
+        BadResult: no time of that shape is there to draw.
     """
     rows = result["rows"]
     with mpl.rc_context(STYLE):
@@ -158,8 +171,7 @@ def draw(result: Mapping[str, Any], out: Path, shape: tuple[int, int] | None = N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
-    paths = pictures.RESULTS / "h100" / "linear.json", pictures.IMAGES / "linear_h100.svg"
-    return pictures.run(__doc__, paths, "benchmarks/bench_linear.py", draw, arguments)
+    return pictures.run(__doc__, PICTURE, draw, arguments)
 
 
 if __name__ == "__main__":

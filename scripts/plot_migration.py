@@ -18,6 +18,15 @@ import torch
 from mobiquant_compiler.analysis.figures import draw_migration
 from mobiquant_compiler.analysis.migration import Migration, TokenErrors
 
+PICTURE = pictures.Picture(
+    pictures.RESULTS / "cpu" / "outlier_migration_calibrated.json",
+    pictures.IMAGES / "outlier_migration.png",
+    "benchmarks/bench_migration.py",
+    ("model",),
+    ("tokens", "versions", "date"),
+    kinds=(".png", ".pdf"),
+)
+
 
 def migration(tokens: Mapping[str, Any]) -> Migration:
     """Return the measured errors of a result file's ``tokens``."""
@@ -43,8 +52,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
-    paths = pictures.RESULTS / "cpu" / "outlier_migration_calibrated.json", pictures.IMAGES / "outlier_migration.png"
-    return pictures.run(__doc__, paths, "benchmarks/bench_migration.py", draw, arguments)
+    return pictures.run(__doc__, PICTURE, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from typing import Any
 
 import pictures
 
+PICTURE = pictures.Picture(
+    pictures.RESULTS / "h100" / "outlier_migration_methods.json",
+    pictures.IMAGES / "migration_methods.svg",
+    "benchmarks/bench_migration_methods.py",
+    ("text", "method", "low_bits", "high_bits", "migrated_tokens", "overlap"),
+)
 METHODS = {
     "rtn": ("round to nearest, a model a width", "#d9c3a0"),
     "gptq": ("GPTQ, a model a width", "#b0413e"),
@@ -57,8 +63,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
-    paths = pictures.RESULTS / "h100" / "outlier_migration_methods.json", pictures.IMAGES / "migration_methods.svg"
-    return pictures.run(__doc__, paths, "benchmarks/bench_migration_methods.py", draw, arguments)
+    return pictures.run(__doc__, PICTURE, draw, arguments)
 
 
 if __name__ == "__main__":

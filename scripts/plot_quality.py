@@ -15,6 +15,12 @@ from typing import Any
 
 import pictures
 
+PICTURE = pictures.Picture(
+    pictures.RESULTS / "h100" / "quality.json",
+    pictures.IMAGES / "quality_h100.svg",
+    "benchmarks/bench_quality.py --calibrate",
+    ("text", "method", "achieved_bits", "perplexity"),
+)
 PACKED = "calibrated slices, trained router per input"
 LINES = {
     PACKED: ("one packed model, routed", "#2b6cb0", "-"),
@@ -66,8 +72,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the result file and write the picture."""
-    paths = pictures.RESULTS / "h100" / "quality.json", pictures.IMAGES / "quality_h100.svg"
-    return pictures.run(__doc__, paths, "benchmarks/bench_quality.py --calibrate", draw, arguments)
+    return pictures.run(__doc__, PICTURE, draw, arguments)
 
 
 if __name__ == "__main__":

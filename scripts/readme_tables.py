@@ -7,18 +7,25 @@
 ``list=summary`` draws another list of the file than its rows. ``<!-- ablation: h100/quality.json -->`` draws one row a
 text and budget, a column a way to route (`ABLATION`) that the file has rows of; ``<!-- rivals: ... -->`` does so with
 the packed model beside methods that make a model a width (`RIVALS`), at whole and half bits. ``--check`` writes nothing
-and exits 1 where a document differs from its results.
+and exits 1 where a document differs from its results. A table that cannot be drawn exits 2, and nothing is written.
+
+    python scripts/readme_tables.py [--check]
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import result_files
+from result_files import BadResult
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +41,8 @@ ABLATION = {  # method in the rows of bench_quality.py -> heading
     "calibrated slices, trained router per input": "trained router, per input",
 }
 
+ORIGIN = ("device", "versions", "commit", "date")  # what is said below every table
+CELL = ("text", "method", "budget", "perplexity")  # columns of what `ABLATION` and `RIVALS` choose from
 RIVALS = {
     "unquantized": "unquantized",
     "calibrated slices, trained router per input": "one packed model",
@@ -63,12 +72,16 @@ def draw(result: Mapping[str, Any], columns: Sequence[str], wanted: Mapping[str,
     """Return the rows that match, of one list, as a Markdown table, with where they were measured.
 
     Raises:
-        ValueError: no row matches, or a column is in none of them.
+        BadResult: there is no such list, no row matches, or a column is in none of them.
     """
-    rows = [r for r in result[of] if all(str(r.get(key)) == value for key, value in wanted.items())]
+    every = result_files.entries(result, of)
+    rows = [r for r in every if all(str(r.get(key)) == value for key, value in wanted.items())]
+    there = ", ".join(result_files.columns_of(rows or every)) or "none"
+    if not rows:
+        raise BadResult(f"none of {len(every)} {of} is one where {dict(wanted)}; columns there are {there}")
     missing = [c for c in columns if not any(c in row for row in rows)]
     if missing:
-        raise ValueError(f"no row has {', '.join(missing)} where {dict(wanted)}")
+        raise BadResult(f"no row has {', '.join(missing)} where {dict(wanted)}; columns there are {there}")
     lines = [" | ".join(c.replace("_", " ") for c in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(row.get(c)) for c in columns) for row in rows]
     return _with_origin(lines, result)
@@ -80,11 +93,11 @@ def draw_ablation(result: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
     Budgets of fewer than two ways compare nothing and are left out, as are ways without rows.
 
     Raises:
-        ValueError: nothing is left, or two rows are of one cell.
+        BadResult: nothing is left, two rows are of one cell, or the rows are of another benchmark.
     """
     cells = {key: found for key, found in _cells(result, wanted, ABLATION).items() if len(found) > 1}
     if not cells:
-        raise ValueError(f"no two ways to route are at one budget where {dict(wanted)}")
+        raise BadResult(f"no two ways to route are at one budget where {dict(wanted)}")
     return _with_origin(_pivot(cells, ABLATION), result)
 
 
@@ -92,12 +105,12 @@ def draw_rivals(result: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
     """Return perplexities of the packed model and of methods that make a model a width, by text and budget.
 
     Raises:
-        ValueError: nothing matches, or two rows are of one cell.
+        BadResult: nothing matches, two rows are of one cell, or the rows are of another benchmark.
     """
     cells = _cells(result, wanted, RIVALS)
     whole = {(text, bits): found for (text, bits), found in cells.items() if bits is None or bits * 2 % 1 == 0}
     if not whole:
-        raise ValueError(f"no row of {', '.join(RIVALS)} where {dict(wanted)}")
+        raise BadResult(f"no row of {', '.join(RIVALS)} where {dict(wanted)}")
     return _with_origin(_pivot(whole, RIVALS), result)
 
 
@@ -106,14 +119,12 @@ def _cells(
 ) -> dict[tuple[str, float | None], dict[str, str]]:
     """Return what stands in each cell, by text and budget, then by method."""
     cells: dict[tuple[str, float | None], dict[str, str]] = {}
-    for row in result["rows"]:
+    for row in result_files.entries(result, "rows", CELL):
         if row["method"] not in methods or any(str(row.get(key)) != value for key, value in wanted.items()):
             continue
         found = cells.setdefault((row["text"], row["budget"]), {})
         if row["method"] in found:
-            raise ValueError(
-                f"two rows of {row['method']} at {row['budget']} on {row['text']}; say which, by key=value"
-            )
+            raise BadResult(f"two rows of {row['method']} at {row['budget']} on {row['text']}; say which, by key=value")
         bits = row.get("achieved_bits")
         off = "" if bits is None or isinstance(bits, int) else f" ({bits:.2f})"
         found[row["method"]] = cell(row["perplexity"]) + off
@@ -142,36 +153,56 @@ def _with_origin(lines: Sequence[str], result: Mapping[str, Any]) -> str:
 
 
 def redraw(text: str, results: Path = RESULTS) -> str:
-    """Return a document with every marked table drawn anew."""
+    """Return a document with every marked table drawn anew.
+
+    Raises:
+        BadResult: one cannot be drawn; the message starts with its marker.
+    """
 
     def replace(found: re.Match[str]) -> str:
-        options = dict(item.split("=", 1) for item in shlex.split(found[4]))
-        result = json.loads((results / found[3]).read_text(encoding="utf-8"))
-        if found[2] != "table":
-            pivot = draw_ablation if found[2] == "ablation" else draw_rivals
-            return found[1] + pivot(result, options) + found[6]
-        columns = options.pop("columns").split(",")
-        of, order = options.pop("list", "rows"), options.pop("sort", None)
-        if order is not None:
-            result[of].sort(key=lambda row: row[order])
-        return found[1] + draw(result, columns, options, of) + found[6]
+        try:
+            return found[1] + _drawn(found, results) + found[6]
+        except BadResult as error:
+            raise BadResult(f"{found[1].strip()}: {error}") from error
 
     return MARKED.sub(replace, text)
 
 
-def main(arguments: Sequence[str]) -> int:
+def _drawn(found: re.Match[str], results: Path) -> str:
+    options = dict(item.split("=", 1) for item in shlex.split(found[4]))
+    result = result_files.read(results / found[3], "benchmarks/bench_*.py", ORIGIN)
+    if found[2] != "table":
+        pivot = draw_ablation if found[2] == "ablation" else draw_rivals
+        return pivot(result, options)
+    if "columns" not in options:
+        raise BadResult("the marker names no columns; wanted columns=a,b of a list's rows")
+    columns = options.pop("columns").split(",")
+    of, order = options.pop("list", "rows"), options.pop("sort", None)
+    if order is not None:
+        rows = result_files.entries(result, of, [order])
+        result[of] = sorted(rows, key=lambda row: (row[order] is None, row[order]))
+    return draw(result, columns, options, of)
+
+
+def main(given: Sequence[str] | None = None) -> int:
     """Redraw every document, or check it."""
-    stale = 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document would change")
+    check, drawn = parser.parse_args(given).check, {}
     for path in documents():
-        text = path.read_text(encoding="utf-8")
-        drawn = redraw(text)
-        if "--check" not in arguments:
-            path.write_text(drawn, encoding="utf-8")
-        elif drawn != text:
+        try:
+            drawn[path] = redraw(path.read_text(encoding="utf-8"), RESULTS)
+        except BadResult as error:
+            print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
+            return 2
+    stale = [path for path, text in drawn.items() if text != path.read_text(encoding="utf-8")]
+    for path in stale:
+        if check:
             print(f"{path.relative_to(ROOT)}: its tables differ from benchmarks/results; run `make readme`")
-            stale = 1
-    return stale
+        else:
+            path.write_text(drawn[path], encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -84,10 +87,10 @@ class TestTables:
         assert "| fast | 1.235 | yes |\n| small | - | no |\n" in drawn
 
     def test_rows_in_the_order_of_a_column(self, tmp_path: Path) -> None:
-        rows = [{"tokens": 8}, {"tokens": 64}, {"tokens": 1}]
+        rows = [{"tokens": None}, {"tokens": 8}, {"tokens": 64}, {"tokens": None}, {"tokens": 1}]
         (tmp_path / "r.json").write_text(json.dumps(RESULT | {"rows": rows}))
         text = "<!-- table: r.json sort=tokens columns=tokens -->\n<!-- end table -->"
-        assert "| 1 |\n| 8 |\n| 64 |" in tables.redraw(text, tmp_path)
+        assert "| 1 |\n| 8 |\n| 64 |\n| - |\n| - |\n" in tables.redraw(text, tmp_path)
 
     def test_ablation_by_text_budget_and_way(self, tmp_path: Path) -> None:
         def row(text: str, way: str, budget: float | None, perplexity: float, **more: object) -> dict[str, object]:
@@ -148,8 +151,61 @@ class TestTables:
         assert "| 3.25 |\n| 3.5 |\n\n" in tables.redraw(one, tmp_path), "a value in quotes may hold spaces"
 
     def test_a_column_that_no_row_has(self) -> None:
-        with pytest.raises(ValueError, match="no row has speed"):
+        with pytest.raises(ValueError, match=r"no row has speed where \{\}; columns there are text, bits, ppl$"):
             tables.draw(RESULT, ["speed"], {})
+
+    @pytest.mark.parametrize("options", [[], ["--check"]], ids=["draw", "check"])
+    @pytest.mark.parametrize(
+        ("marker", "wanted"),
+        [
+            ("table: none.json columns=ppl", "none.json: No such file or directory; measure first: benchmarks/bench_"),
+            ("table: broken.json columns=ppl", "broken.json is no JSON (Expecting value: line 1"),
+            ("table: list.json columns=ppl", "list.json: it holds no facts by name but a list; wanted a result file"),
+            ("table: bare.json columns=ppl", "bare.json: it has no versions, commit, date; there are device, rows"),
+            ("table: r.json columns=ppl,speed", "no row has speed where {}; columns there are text, bits, ppl"),
+            ("table: r.json text=c columns=ppl", "none of 2 rows is one where {'text': 'c'}; columns there are text,"),
+            ("table: r.json sort=speed columns=ppl", "rows: not every entry has speed; there are text, bits, ppl"),
+            ("table: r.json list=summary columns=ppl", "it has no list named summary of entries with columns; lists"),
+            ("table: r.json text=a", "the marker names no columns; wanted columns=a,b of a list's rows"),
+            ("ablation: r.json", "rows: not every entry has method, budget, perplexity; there are text, bits, ppl"),
+        ],
+    )
+    def test_a_table_that_cannot_be_drawn_is_named(
+        self,
+        marker: str,
+        wanted: str,
+        options: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        written = {"r": json.dumps(RESULT), "broken": "", "list": "[]", "bare": '{"device": "a", "rows": []}'}
+        for name, content in written.items():
+            (tmp_path / f"{name}.json").write_text(content)
+        pages = {
+            "a.md": "<!-- table: r.json columns=ppl -->\nstale\n<!-- end table -->",
+            "b.md": f"<!-- {marker} -->\n<!-- end table -->",
+        }
+        for name, text in pages.items():
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(tables, "ROOT", tmp_path)
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        monkeypatch.setattr(tables, "documents", lambda: [tmp_path / name for name in pages])
+        assert tables.main(options) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"b.md: <!-- {marker} -->: ")
+        assert wanted in said.err
+        assert said.err.count("\n") == 1
+        assert {name: (tmp_path / name).read_text() for name in pages} == pages, "nothing is written"
+
+    def test_unknown_arguments(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(tables, "documents", list)
+        for wrong in ("--chekc", "README.md"):
+            with pytest.raises(SystemExit) as stopped:
+                tables.main([wrong])
+            assert stopped.value.code == 2
+            assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
 
 
 class TestPicture:
@@ -166,7 +222,69 @@ class TestPicture:
         assert first.startswith(b"<?xml")
         assert b"<dc:date>" not in first
         assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
-        assert "No such file or directory; measure first" in capsys.readouterr().out
+        assert "No such file or directory; measure first" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["plot_linear", "plot_quality", "plot_migration_methods"])
+    def test_pictures_of_the_documents_are_fresh(self, name: str, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if f"matplotlib=={version('matplotlib')}" not in pinned:
+            pytest.skip(f"matplotlib {version('matplotlib')} is not that of constraints.txt, which drew the pictures")
+        plot, drawn = script(name), tmp_path / "a.svg"
+        assert plot.main(["--out", str(drawn)]) == 0
+        same = drawn.read_bytes() == plot.PICTURE.out.read_bytes()
+        assert same, f"{plot.PICTURE.out.name} differs from {plot.PICTURE.results}; run scripts/{name}.py"
+
+    @pytest.mark.parametrize(
+        ("out", "wanted"),
+        [
+            ("", "is a folder; wanted the name of a file, as {path}/linear_h100.svg"),
+            ("picture", "names no kind of picture; wanted .svg or .png or .pdf at its end"),
+            ("picture.xyz", "names no kind of picture; wanted .svg or .png or .pdf at its end"),
+            ("file/a.svg", "{path.parent} cannot be made or written to: File exists"),
+        ],
+    )
+    def test_where_no_picture_can_be_written(
+        self, out: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        (tmp_path / "file").touch()
+        path = tmp_path / out
+        with pytest.raises(SystemExit) as stopped:
+            script("plot_linear").main(["--out", str(path)])
+        assert stopped.value.code == 2
+        said = capsys.readouterr()
+        assert f"argument --out: {path}" in " ".join(said.err.split())
+        assert wanted.format(path=path) in " ".join(said.err.split())
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert not tmp_path.with_suffix(".png").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "wanted"),
+        [
+            ("{", " is no JSON (Expecting property name"),
+            ('{"rows": []}', ": it has no device, versions, date; there are rows; wanted a result file of benchmarks/"),
+            (json.dumps(RESULT), ": rows: not every entry has n, k, tokens"),
+            (json.dumps(RESULT | {"rows": []}), ": it has no rows, so there is nothing to draw"),
+            (
+                json.dumps(RESULT | {"rows": [linear_results.row(8, 4, 1, 2) | {"time_us": None}]}),
+                ": no row of 8 x 4 has a time; wanted some of activation a16",
+            ),
+        ],
+        ids=["broken", "facts", "columns", "no-rows", "no-times"],
+    )
+    def test_what_is_no_result_to_draw(
+        self, content: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        source, out = tmp_path / "linear.json", tmp_path / "a.svg"
+        source.write_text(content)
+        assert script("plot_linear").main(["--results", str(source), "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"{source}{wanted}")
+        assert said.err.count("\n") == 1
+        assert not out.exists()
 
     def test_quality_is_drawn_from_whatever_texts_there_are(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -187,7 +305,7 @@ class TestPicture:
         assert "GPTQ, a model a width" in text
         assert "HQQ" not in text, "what is broken is left out"
         assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
-        assert "measure first" in capsys.readouterr().out
+        assert "measure first" in capsys.readouterr().err
 
     def test_what_was_not_measured_is_left_out(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
@@ -207,6 +325,13 @@ def test_a_run_that_crashed_counts_as_a_failure(tmp_path: Path) -> None:
 
 
 class TestProject:
+    def test_measuring_one_linear_redraws_what_shows_it(self) -> None:
+        command = ["make", "--dry-run", "--assume-old=.venv/.ready", "bench-gpu"]
+        own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "DATA")}
+        said = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
+        ran = [word for word in said.split() if word.startswith(("scripts/", "benchmarks/"))]
+        assert ran == ["benchmarks/bench_linear.py", "scripts/plot_linear.py", "scripts/readme_tables.py"]
+
     def test_every_dependency_is_pinned_for_ci(self) -> None:
         lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         pinned = {line.partition("==")[0].replace("_", "-") for line in lines if "==" in line}

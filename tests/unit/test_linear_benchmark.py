@@ -97,6 +97,28 @@ class TestCases:
         assert Case(4, "mixed") not in cases(8192, 8192, 2, (1, 2, 3, 4))
         assert not [c for c in cases(8192, 8192, 1, (1, 2, 3, 4)) if c.counts == "mixed"]
 
+    @pytest.mark.parametrize(
+        ("shape", "tokens", "slices", "wanted"),
+        [
+            ((4096, 4096), 1, (1, 2, 3, 4), [1, 2, 3, 4]),
+            ((4096, 4096), 8, (1, 2, 3, 4), [1, 2, 3, 4]),
+            ((4096, 4096), 16, (1, 2, 3, 4), []),
+            ((28672, 8192), 1, (1, 2, 3, 4), [2, 4]),
+            ((28672, 8192), 1, (1, 4), [4]),
+            ((28672, 8192), 8, (1, 2, 3, 4), []),
+        ],
+    )
+    def test_the_other_layout(self, shape, tokens, slices, wanted):
+        found = [case for case in cases(*shape, tokens, slices) if case.layout == "bit_major"]
+        assert found == [Case(count, layout="bit_major") for count in wanted]
+
+    def test_what_is_measured_is_compiled_before(self, monkeypatch, wiring):
+        calls_of, compiled = linear_ours.calls_of, []
+        monkeypatch.setattr(linear_ours, "calls_of", lambda *given: compiled.append(given[1]) or calls_of(*given))
+        linear_warm._warm_ours(linear_warm.Job("ours", 128, 256, (1,)), (1, 2, 3, 4), CPU)
+        assert compiled == cases(128, 256, 1, (1, 2, 3, 4))
+        assert {case.layout for case in compiled} == {"slice_major", "bit_major"}
+
     def test_prefill(self):
         assert cases(8192, 8192, 256, (1, 2, 3, 4)) == [Case(2), Case(4, "mixed"), Case(4, "full")]
         assert cases(8192, 8192, 256, (2,)) == [Case(2)]
@@ -190,7 +212,7 @@ class TestRun:
     def test_a_wrong_result_is_a_row_without_a_time(self, tmp_path, monkeypatch, wiring):
         wiring.wrong = 1.0
         result = run(tmp_path, monkeypatch, "--tokens", "1", "1024", "--methods", "ours", "bf16")
-        assert len(result["rows"]) == 11
+        assert len(result["rows"]) == 13
         for row in result["rows"]:
             assert row["error"].startswith("WrongResult: relative error")
             assert row["time_us"] is row["total_us"] is row["bandwidth_tb_s"] is None
@@ -245,13 +267,20 @@ class TestRun:
         assert stopped.value.code == 2
         assert f"'{text}' is no shape; wanted NxK" in capsys.readouterr().err
 
-    def test_a_folder_to_write_to_is_refused_before_anything_is_measured(self, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        ("given", "wanted"),
+        [
+            (("--tokens", "8", "0"), "'0' is no number of tokens; wanted 1 or more"),
+            (("--tokens", "-3"), "'-3' is no number of tokens; wanted 1 or more"),
+            (("--tokens", "2.5"), "'2.5' is no number of tokens; wanted 1 or more"),
+            (("--device", "tpu"), "argument --device: invalid choice: 'tpu' (choose from"),
+        ],
+    )
+    def test_what_cannot_be_measured_is_refused_first(self, given, wanted, capsys):
         with pytest.raises(SystemExit) as stopped:
-            bench_linear.arguments(["--device", "cpu", "--out", str(tmp_path)])
+            bench_linear.arguments(["--device", "cpu", *given])
         assert stopped.value.code == 2
-        said = " ".join(capsys.readouterr().err.split())
-        assert f"{tmp_path} is a folder; wanted the name of a file, as {tmp_path}/results.json" in said
-        assert bench_linear.arguments(["--device", "cpu", "--out", str(tmp_path / "a.json")]).out == tmp_path / "a.json"
+        assert wanted in capsys.readouterr().err
 
     def test_defaults(self):
         args = bench_linear.arguments(["--device", "cpu"])
@@ -298,6 +327,11 @@ class TestSummary:
         assert (share["got"], share["met"]) == (0.95, True)
         assert found["one token: us to route and quantize"]["got"] == 3.0
         assert len(found) == 18
+
+    def test_the_other_layout_counts_for_no_promise(self):
+        rows = linear_results.rows()
+        others = [{**row, "layout": "bit_major", "time_us": 9 * row["time_us"]} for row in rows]
+        assert promises([*others, *rows]) == promises(rows)
 
     def test_a_miss_names_the_shape(self):
         rows = linear_results.rows()
