@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mobiquant_compiler.errors import NotElastic
-from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
+from mobiquant_compiler.linear import MobiLinear, check_module, elastic_linears, plain_name
 from mobiquant_compiler.runtime import telemetry
 from mobiquant_compiler.runtime.budget import BudgetState, live_states
 from mobiquant_compiler.runtime.telemetry import AchievedBits
@@ -17,6 +17,7 @@ from mobiquant_compiler.runtime.weights import BOUND
 
 def linears_of(model: nn.Module, where: str) -> dict[str, MobiLinear]:
     """Return the elastic linears of a model, or those bound to its plain weights by the backend."""
+    check_module(model, where)
     found = {plain_name(name): linear for name, linear in elastic_linears(model).items()}
     if found:
         return found
@@ -42,6 +43,7 @@ def set_budget(model: nn.Module, bits: float) -> None:
         bits: Wanted average over all elastic linears, weighted by parameters.
 
     Raises:
+        NotAModule: `model` is none.
         NotElastic: the model has no elastic linear.
         BudgetOutOfRange: names the range; nothing is changed.
     """

@@ -34,6 +34,10 @@ class SliceConfig:
         exclude: Name patterns left alone; the output head is, by default.
         floor: Least slice count of linears by name pattern, whatever the budget.
         ceiling: Greatest slice count, likewise.
+
+    Raises:
+        BadSliceSpec: `widths` or `layout`.
+        BadOption: another field; the message names it.
     """
 
     widths: tuple[int, ...] = (2, 2, 2, 2)
@@ -47,7 +51,7 @@ class SliceConfig:
     ceiling: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("widths", "include", "exclude"):
+        for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.group != "auto" and self.group not in GROUPS:
@@ -58,7 +62,7 @@ class SliceConfig:
             raise BadOption(
                 where="SliceConfig", name="scale_dtype", got=self.scale_dtype, wanted=f"one of {tuple(SCALE_DTYPES)}"
             )
-        self.spec_for(GROUPS[0])  # widths and layout
+        object.__setattr__(self, "widths", self.spec_for(GROUPS[0]).widths)  # checked there, and so is the layout
         for name in ("floor", "ceiling"):
             for pattern, count in getattr(self, name).items():
                 if not 1 <= count <= len(self.widths):

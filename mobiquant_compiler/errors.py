@@ -317,6 +317,20 @@ class ModelMissing(ModelError):
     message = "model {path}: {what}; wanted a Hugging Face directory, a mobiquant checkpoint, or 'smollm2'."
 
 
+class NotAModule(ModelError):
+    message = (
+        "{where}: the model is of type {got}; wanted a torch.nn.Module. Give the model itself, not its name, class or "
+        "state dict."
+    )
+
+
+class BadInput(ModelError):
+    message = (
+        "{where}: the input has dtype {dtype} and shape {got}; wanted floating point and shape {wanted}. Cast it, or "
+        "give it that many columns."
+    )
+
+
 class PackageMissing(ModelError):
     message = "{what} needs the package {package}; install it with `{command}`."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mobiquant_compiler.errors import NotQuantized
-from mobiquant_compiler.linear import elastic_linears
+from mobiquant_compiler.linear import check_module, elastic_linears
 from mobiquant_compiler.spec import Activation, Prefill
 
 
@@ -25,8 +25,10 @@ def set_execution(model: nn.Module, *, activation: str | None = None, prefill: s
 
     Raises:
         BadOption: another value; nothing is changed.
+        NotAModule: `model` is none.
         NotQuantized: the model has no elastic linear of its own.
     """
+    check_module(model, "set_execution")
     linears = elastic_linears(model)
     if not linears:
         raise NotQuantized(where="set_execution", model=type(model).__name__)

@@ -12,7 +12,7 @@ from torch import nn
 
 from mobiquant_compiler.errors import NotElastic
 from mobiquant_compiler.kernels import fused_is_split, fused_splits, router_spec
-from mobiquant_compiler.linear import MobiLinear, elastic_linears, plain_name
+from mobiquant_compiler.linear import MobiLinear, check_module, elastic_linears, plain_name
 from mobiquant_compiler.runtime import fused
 from mobiquant_compiler.runtime.weights import BOUND
 from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Family, KernelSpec, SliceSpec
@@ -82,8 +82,10 @@ def launches_of(
         names: Linears to look at; all by default.
 
     Raises:
+        NotAModule: `model` is none.
         NotElastic: the model has no elastic linear.
     """
+    check_module(model, where)
     linears = elastic_or_bound(model)
     if not linears:
         raise NotElastic(where=where, model=type(model).__name__)

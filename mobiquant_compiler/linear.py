@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mobiquant_compiler.errors import BadWeightShape, TrainingGraph
-from mobiquant_compiler.ops import OPS
+from mobiquant_compiler.errors import NotAModule, TrainingGraph
+from mobiquant_compiler.ops import OPS, check_input
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import SlicedWeight, slice_weight
 from mobiquant_compiler.spec import Activation, Prefill, SliceSpec
@@ -228,9 +228,12 @@ class MobiLinear(_KeepsDtype):
         return cls(pack(sliced.codes, spec), sliced.scale, sliced.zero, bias, spec, k, router, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply tokens [..., K] by the weight of each token's slice count; returns [..., N] in the dtype of x."""
-        if x.shape[-1] != self.in_features:
-            raise BadWeightShape(where="MobiLinear input", got=tuple(x.shape), wanted=f"[..., {self.in_features}]")
+        """Multiply tokens [..., K] by the weight of each token's slice count; returns [..., N] in the dtype of x.
+
+        Raises:
+            BadInput: x is not floating point, or has another number of columns.
+        """
+        check_input(x, self.in_features, "MobiLinear")
         if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x = _NoGradient.apply(x)
         router = self.router
@@ -293,6 +296,16 @@ def column_energy(scale: Tensor, spec: SliceSpec, k: int, sensitivity: Tensor | 
 def plain_name(name: str) -> str:
     """Return a module or parameter name without what torch.compile's wrappers put into it."""
     return name.replace("_orig_mod.", "")
+
+
+def check_module(model: object, where: str) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        NotAModule: the message starts with `where`.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotAModule(where=where, got=type(model).__name__)
 
 
 def elastic_linears(model: nn.Module) -> dict[str, MobiLinear]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mobiquant_compiler import cpu, reference
+from mobiquant_compiler.errors import BadInput
 from mobiquant_compiler.spec import MAX_SIBLINGS, Activation, Layout, Prefill, SliceSpec
 
 NAMESPACE = "mobiquant"
@@ -57,6 +58,26 @@ def _prefill(prefill: str) -> Prefill:
     return Prefill.of(prefill, NAMESPACE)
 
 
+def check_input(x: Tensor, columns: int, where: str) -> None:
+    """Refuse activations that are no floating-point numbers [..., columns], by dtype and shape alone.
+
+    Raises:
+        BadInput: the message starts with `where`.
+    """
+    if x.is_floating_point() and x.dim() and x.shape[-1] == columns:
+        return
+    raise BadInput(where=where, dtype=x.dtype, got=tuple(x.shape), wanted=f"[..., {columns}]")
+
+
+def check_routed(x: Tensor, router: Sequence[Tensor]) -> None:
+    """Refuse activations that a router does not know: the first tensor of every kind has an entry a column.
+
+    Raises:
+        BadInput: as `check_input`.
+    """
+    check_input(x, router[0].shape[0], NAMESPACE)
+
+
 def takes_spec(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let an implementation that ends in spec, activation and prefill be called as the schemas of linears end."""
 
@@ -84,6 +105,7 @@ def elastic_by(route: Callable[..., Tensor], multiply: Callable[..., Any]) -> Ca
     def elastic(
         x: Tensor, router: Sequence[Tensor], thresholds: Tensor, hist: Tensor, mask: Tensor, kind: str, *weight: Any
     ) -> Any:
+        check_routed(x, router)
         *tensors, widths, group, layout, activation, prefill = weight
         spec = _spec(tuple(widths), group, layout, activation, prefill)
         counts = route(x, router, thresholds, hist, mask, kind, spec[-1])
@@ -120,7 +142,12 @@ def _fake_routed_linears(x: Tensor, counts: Tensor, slices: Sequence[Tensor], *r
 
 def _fake_elastic(fake: Callable[..., Any]) -> Callable[..., Any]:
     """Make the fake of an op with a router's five arguments in the place of `counts`."""
-    return lambda x, *args: fake(x, None, *args[5:])
+
+    def elastic(x: Tensor, router: Sequence[Tensor], *rest: Any) -> Any:
+        check_routed(x, router)
+        return fake(x, None, *rest[4:])
+
+    return elastic
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -20,7 +20,7 @@ from mobiquant_compiler.calibrate import (
 )
 from mobiquant_compiler.config import SCALE_DTYPES, SliceConfig, matches
 from mobiquant_compiler.errors import BadOption, NothingToQuantize, StrictSkip
-from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, column_energy, elastic_linears
+from mobiquant_compiler.linear import MobiLinear, Router, TokenMask, check_module, column_energy, elastic_linears
 from mobiquant_compiler.report import Coverage, Skip, SkipReason
 from mobiquant_compiler.runtime.budget import BudgetState
 from mobiquant_compiler.slices import WEIGHT_DTYPES, SlicedWeight, check_weight, slice_weight
@@ -157,10 +157,12 @@ def quantize_(
         What was made elastic and what was not, and why.
 
     Raises:
+        NotAModule: `model` is none.
         WeightError: a weight that cannot become slices, or no linear at all; the model is untouched then.
         StrictSkip: `strict` and a layer was skipped.
         BudgetOutOfRange: `budget` is not possible; the model stays at all slices.
     """
+    check_module(model, "quantize_")
     model = getattr(model, "_orig_mod", model)  # of a module that was compiled already: its own names
     config = config or SliceConfig()
     progress = progress or (lambda stage, done, total: None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from numbers import Integral
 from typing import Self
 
 from mobiquant_compiler.errors import BadKernelSpec, BadOption, BadSliceSpec
@@ -51,14 +52,14 @@ class _Choice(StrEnum):
     """What users and op arguments name by a string."""
 
     @classmethod
-    def of(cls, value: object, where: str) -> Self:
+    def of(cls, value: object, where: str, name: str | None = None) -> Self:
         """Return the member of this value.
 
         Raises:
-            BadOption: there is none; the message starts with `where`.
+            BadOption: there is none; the message starts with `where`, and calls the option `name` or by the class.
         """
         if value not in tuple(cls):
-            raise BadOption(where=where, name=cls.__name__.lower(), got=value, wanted=cls.wanted())
+            raise BadOption(where=where, name=name or cls.__name__.lower(), got=value, wanted=cls.wanted())
         return cls(value)
 
     @classmethod
@@ -83,16 +84,33 @@ class Prefill(_Choice):
 
 
 class Path(StrEnum):
-    """How a call was done; `runtime.paths` counts them."""
+    """How a call on a GPU was done; `runtime.paths` counts them. On a CPU there is one way, which nobody counts."""
 
     INTEGER = "integer"  # exact integer products per group; no bit depends on the batch
     FUSED = "fused"  # tokens grouped by count, weights made in registers (sm_90)
     WORKSPACE = "workspace"  # slices dequantized once, then a library's GEMM
-    REFERENCE = "reference"  # plain torch: no kernel takes these activations, or this device
+    REFERENCE = "reference"  # plain torch: no kernel takes these activations, or this GPU
 
 
 SLICE_WIDTHS = {Layout.SLICE_MAJOR: (1, 2, 4), Layout.BIT_MAJOR: (1, 2, 3, 4)}
 MAX_BITS = 8  # a combined code of all slices is one unsigned byte
+
+
+def _checked_widths(widths: object, layout: Layout) -> tuple[int, ...]:
+    """Return slice widths as plain numbers; NumPy's are taken, booleans are not.
+
+    Raises:
+        BadSliceSpec: no whole numbers, none at all, or one that the layout does not have.
+    """
+    try:
+        given = tuple(widths)  # type: ignore[arg-type]  # what is no sequence is refused below
+    except TypeError:
+        given = ()
+    legal = SLICE_WIDTHS[layout]
+    if not given or any(not isinstance(b, Integral) or isinstance(b, bool) or b not in legal for b in given):
+        wanted = f"one or more of {legal}, whole numbers in a tuple"
+        raise BadSliceSpec(name=f"widths ({layout})", got=widths, wanted=wanted)
+    return tuple(int(b) for b in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +121,9 @@ class SliceSpec:
         widths: Bits of each slice, the base first; at most 8 in all.
         group: Consecutive input columns that share one scale and zero point.
         layout: Where the codes lie.
+
+    Raises:
+        BadSliceSpec: names the field that has another value.
     """
 
     widths: tuple[int, ...] = (2, 2, 2, 2)
@@ -113,10 +134,7 @@ class SliceSpec:
         if self.layout not in tuple(Layout):
             raise BadSliceSpec(name="layout", got=self.layout, wanted=f"one of {[str(v) for v in Layout]}")
         object.__setattr__(self, "layout", Layout(self.layout))
-        object.__setattr__(self, "widths", tuple(self.widths))
-        legal = SLICE_WIDTHS[self.layout]
-        if not self.widths or any(b not in legal for b in self.widths):
-            raise BadSliceSpec(name=f"widths ({self.layout})", got=self.widths, wanted=f"one or more of {legal}")
+        object.__setattr__(self, "widths", _checked_widths(self.widths, self.layout))
         if sum(self.widths) > MAX_BITS:
             raise BadSliceSpec(name="widths", got=self.widths, wanted=f"at most {MAX_BITS} bits in all")
         if self.group not in GROUPS:

@@ -81,6 +81,7 @@ def warmup(
         What was done. On a CPU, which runs no kernels, it says so.
 
     Raises:
+        NotAModule: `model` is none.
         NotElastic: the model has no elastic linear.
         BadOption: `max_tokens`, `activation` or `workers`.
         TritonMissing: the model is on a GPU, and triton cannot be imported.

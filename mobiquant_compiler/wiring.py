@@ -292,6 +292,7 @@ def elastic_linears(
     prefill: Prefill,
 ) -> list[Tensor]:
     """`reference.elastic_linears`: on the integer path by `prepare_for` and a launch to multiply."""
+    ops.check_routed(x, router)
     weights = [Weight(*weight) for weight in zip(slices, scale, zero, bias, strict=True)]
     n = max(weight.rows for weight in weights)
     on_integers = routes(x, kind, prefill) and path_of(x, n, spec, prefill) is Path.INTEGER

@@ -22,10 +22,11 @@ def note(path: Path, tokens: int, linears: int) -> None:
 def execution_paths() -> list[dict[str, object]]:
     """Return how many linears ran by which path, by number of tokens, since `reset_execution_paths`.
 
-    Calls are counted where Python launches them: a captured CUDA graph counts once, however often it is replayed.
+    Calls on a GPU are counted where Python launches them: a captured CUDA graph counts once, however often it is
+    replayed. On a CPU there is one way, and nothing is counted.
 
     Returns:
-        Rows with "path" (`spec.Path`), "tokens" (as "9..64") and "calls".
+        Rows with "path" (`spec.Path`), "tokens" (as "9..64") and "calls"; none where no call was on a GPU.
     """
     with _LOCK:
         calls = sorted(_CALLS.items(), key=lambda item: (item[0][1] or 1 << 62, item[0][0]))

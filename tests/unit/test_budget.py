@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mobiquant_compiler as mq
-from mobiquant_compiler.errors import BudgetOutOfRange, MaskTooLong, NotElastic
+from mobiquant_compiler.errors import BudgetOutOfRange, MaskTooLong, NotAModule, NotElastic
 from mobiquant_compiler.linear import MASK_CAPACITY, MobiLinear, Router, elastic_linears
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable, budget_range
 from mobiquant_compiler.spec import SliceSpec
@@ -121,6 +121,11 @@ def test_plain_models_have_no_budget():
     for call in (mq.achieved_bits, mq.get_budget, mq.reset_telemetry, lambda m: mq.set_budget(m, 4)):
         with pytest.raises(NotElastic, match="Linear has no elastic linear; call"):
             call(nn.Linear(4, 4))
+
+
+def test_what_is_no_module_has_no_budget():
+    with pytest.raises(NotAModule, match="set_budget: the model is of type NoneType; wanted a torch"):
+        mq.set_budget(None, 4)
 
 
 def test_context_manager_restores_even_after_an_error(calibrated):

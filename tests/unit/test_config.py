@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
+import numpy as np
 import pytest
 
 from mobiquant_compiler import CompileConfig, SliceConfig, SliceSpec
@@ -41,6 +43,22 @@ def test_wrong_slice_options_are_refused_by_name(options, message):
 def test_impossible_slices_are_refused(options):
     with pytest.raises(BadSliceSpec, match="slice spec: "):
         SliceConfig(**options)
+
+
+@pytest.mark.parametrize("make", [SliceConfig, SliceSpec])
+@pytest.mark.parametrize("widths", [4, None, np.array(4), (2.0, 2.0), (True, 2)], ids=repr)
+def test_widths_are_whole_numbers_in_a_tuple(make, widths):
+    wanted = f"widths (slice_major) got {widths!r}; wanted one or more of (1, 2, 4), whole numbers in a tuple"
+    with pytest.raises(BadSliceSpec, match=re.escape(wanted)):
+        make(widths=widths)
+
+
+@pytest.mark.parametrize("make", [SliceConfig, SliceSpec])
+@pytest.mark.parametrize("widths", [[4, 2], np.array([4, 2])], ids=["list", "array"])
+def test_widths_become_plain_numbers(make, widths):
+    made = make(widths=widths).widths
+    assert made == (4, 2)
+    assert {type(width) for width in made} == {int}
 
 
 def test_three_bits_exist_in_bit_major_only():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mobiquant_compiler as mq
 from mobiquant_compiler import CompileConfig, SliceConfig
 from mobiquant_compiler.backend import pipeline
-from mobiquant_compiler.errors import BadOption, NotQuantized
+from mobiquant_compiler.errors import BadOption, NotAModule, NotQuantized
 from mobiquant_compiler.linear import elastic_linears
 from mobiquant_compiler.passes import DEFAULT_PIPELINE
 from mobiquant_compiler.spec import PREFILL_TOKENS
@@ -84,6 +84,12 @@ def test_wrong_choices_are_refused_and_change_nothing(model, choice, message):
 def test_a_plain_model_is_told_where_to_say_it():
     with pytest.raises(NotQuantized, match=r"set_execution: Sequential has no elastic linear .* torch\.compile"):
         mq.set_execution(tiny_mlp(), prefill="full")
+
+
+@pytest.mark.parametrize("model", [None, {}, nn.Linear], ids=str)
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(NotAModule, match=f"set_execution: the model is of type {type(model).__name__}; wanted a torch"):
+        mq.set_execution(model, prefill="full")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4.5, 6.5])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import mobiquant_compiler as mq
-from mobiquant_compiler.errors import BadWeightShape, TrainingGraph
+from mobiquant_compiler.errors import BadInput, TrainingGraph
 from mobiquant_compiler.linear import MobiLinear, column_energy, elastic_linears, score_gain
 from mobiquant_compiler.slices import reconstruct
 from mobiquant_compiler.spec import SliceSpec
@@ -65,9 +66,15 @@ def test_casting_a_shared_router_keeps_it_shared():
     assert (layer.k_proj.router.thresholds == torch.finfo(torch.float32).max).all()
 
 
-def test_wrong_input_width_is_an_error_that_names_the_wanted_one():
-    with pytest.raises(BadWeightShape, match=r"shape \(3, 95\); wanted \[\.\.\., 96\]"):
-        make()(torch.randn(3, 95))
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "x", [torch.ones(3, 95), torch.ones(()), torch.ones(3, 96, dtype=torch.int32)], ids=["columns", "0-d", "int32"]
+)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_wrong_inputs_are_an_error_that_names_them_and_the_wanted_shape(x, wrap):
+    got = f"the input has dtype {x.dtype} and shape {tuple(x.shape)}; wanted floating point and shape [..., 96]."
+    with pytest.raises(BadInput, match=re.escape(f"MobiLinear: {got}")):
+        wrap(make())(x)
 
 
 def test_full_precision_of_all_slices():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from mobiquant_compiler import cpu, reference
-from mobiquant_compiler.errors import BadOption
+from mobiquant_compiler import cpu, reference, wiring
+from mobiquant_compiler.errors import BadInput, BadOption
 from mobiquant_compiler.ops import ELASTIC_LINEARS, OPS, SCHEMAS
 from mobiquant_compiler.packing import pack
 from mobiquant_compiler.slices import reconstruct, slice_weight
@@ -302,6 +306,22 @@ def test_unknown_ways_to_compute_are_refused_by_name(place, name, wanted):
     if name == "prefill":
         with pytest.raises(BadOption, match=message):
             OPS.route(*case.route_args[:-1], "a4")
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(3, 95), torch.ones(()), torch.ones(3, 100, dtype=torch.int32)], ids=["columns", "0-d", "int32"]
+)
+def test_whole_ops_refuse_wrong_inputs_on_any_device(x):
+    case = Case(SPECS[0], 2)
+    got = f"mobiquant: the input has dtype {x.dtype} and shape {tuple(x.shape)}; wanted floating point and shape"
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+    single, plural = (OPS.elastic_linear, wiring._elastic_linear), (OPS.elastic_linears, wiring._elastic_linears)
+    for ops, weights in ((single, case.weight_args), (plural, case.weights_args(2))):
+        for op, value in itertools.product(ops, (x, fake)):
+            with pytest.raises(BadInput, match=re.escape(f"{got} [..., 100].")):
+                op(value, *case.route_args[1:-1], *weights)
+    assert not case.hist.any(), "nothing was counted"
 
 
 @pytest.mark.parametrize("run", [OPS.route, lambda *args: reference.route(*args[:-1], Prefill(args[-1]))])

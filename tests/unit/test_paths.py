@@ -10,6 +10,7 @@ import torch
 
 from mobiquant_compiler import wiring
 from mobiquant_compiler.codegen.crossover import NEVER, Crossover, Row
+from mobiquant_compiler.linear import MobiLinear
 from mobiquant_compiler.runtime import launch, paths
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.paths import execution_paths, reset_execution_paths
@@ -142,6 +143,12 @@ def test_threads_lose_no_call() -> None:
     for thread in threads:
         thread.join()
     assert execution_paths() == [{"path": "integer", "tokens": "1", "calls": 8000}]
+
+
+def test_calls_on_a_cpu_are_not_counted() -> None:
+    linear = MobiLinear.from_weight(torch.randn(8, 32), None, SliceSpec((2, 2), 32))
+    assert linear(torch.randn(3, 32)).shape == (3, 8)
+    assert execution_paths() == []
 
 
 @pytest.mark.parametrize(

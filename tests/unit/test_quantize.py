@@ -15,6 +15,7 @@ from mobiquant_compiler.errors import (
     BudgetOutOfRange,
     EmptyBatch,
     NonFiniteWeight,
+    NotAModule,
     NothingToQuantize,
     StrictSkip,
 )
@@ -141,6 +142,11 @@ def test_nothing_to_quantize_says_why():
     mq.quantize_(model)
     with pytest.raises(NothingToQuantize, match="elastic already"):
         mq.quantize_(model)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(NotAModule, match="quantize_: the model is of type NoneType; wanted a torch"):
+        mq.quantize_(None)
 
 
 def test_strict_counts_only_what_nobody_asked_to_leave():

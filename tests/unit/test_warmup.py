@@ -16,7 +16,7 @@ import mobiquant_compiler as mq
 from mobiquant_compiler import warming
 from mobiquant_compiler.codegen import cache, compiling
 from mobiquant_compiler.codegen.configs import Target, TokenClass
-from mobiquant_compiler.errors import BadOption, NotElastic
+from mobiquant_compiler.errors import BadOption, NotAModule, NotElastic
 from mobiquant_compiler.launches import Launch, kernels_of, launches_of
 from mobiquant_compiler.linear import MobiLinear, Router
 from mobiquant_compiler.runtime import launch as runtime
@@ -134,6 +134,11 @@ class TestLaunches:
     def test_a_model_without_any(self) -> None:
         with pytest.raises(NotElastic, match="warmup: Sequential has no elastic linear"):
             mq.warmup(tiny_mlp())
+
+    @pytest.mark.parametrize("model", [None, {}, nn.Linear], ids=str)
+    def test_what_is_no_module(self, model: Any) -> None:
+        with pytest.raises(NotAModule, match=f"warmup: the model is of type {type(model).__name__}; wanted a torch"):
+            mq.warmup(model)
 
 
 def siblings(count: int) -> nn.ModuleList:
