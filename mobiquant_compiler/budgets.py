@@ -100,7 +100,11 @@ def refresh(model: nn.Module) -> int:
 
     Returns:
         How many weights had slices.
+
+    Raises:
+        NotAModule: it is no model.
     """
+    check_module(model, "refresh")
     return BOUND.forget(model)
 
 

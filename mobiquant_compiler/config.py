@@ -20,6 +20,21 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 ENV_PREFIX = "MOBIQUANT_"
 
 
+def _patterns(name: str, given: Any) -> tuple[str, ...]:
+    """Return name patterns as a tuple; one may stand alone.
+
+    Raises:
+        BadOption: they are no strings.
+    """
+    try:
+        found = (given,) if isinstance(given, str) else tuple(given)
+    except TypeError:
+        found = (None,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise BadOption(where="SliceConfig", name=name, got=given, wanted="name patterns, as ('*.q_proj', 'lm_head')")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SliceConfig:
     """How the linear layers of a model become slices.
@@ -52,8 +67,7 @@ class SliceConfig:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.group != "auto" and self.group not in GROUPS:
             raise BadOption(where="SliceConfig", name="group", got=self.group, wanted=f"'auto' or one of {GROUPS}")
         if self.scope not in SCOPES:
@@ -65,7 +79,7 @@ class SliceConfig:
         object.__setattr__(self, "widths", self.spec_for(GROUPS[0]).widths)  # checked there, and so is the layout
         for name in ("floor", "ceiling"):
             for pattern, count in getattr(self, name).items():
-                if not 1 <= count <= len(self.widths):
+                if not isinstance(count, int) or not 1 <= count <= len(self.widths):
                     wanted = f"slice counts from 1 to {len(self.widths)}"
                     raise BadOption(where="SliceConfig", name=f"{name}[{pattern!r}]", got=count, wanted=wanted)
 

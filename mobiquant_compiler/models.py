@@ -16,13 +16,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """Return the dtype named "float32", "bfloat16" or "float16".
+    """Return the dtype that option ``--dtype`` names: "float32", "bfloat16" or "float16".
 
     Raises:
         BadOption: another name.
     """
     if name not in DTYPES:
-        raise BadOption(where="model", name="dtype", got=name, wanted=f"one of {', '.join(DTYPES)}")
+        raise BadOption(where="command line", name="--dtype", got=name, wanted=f"one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

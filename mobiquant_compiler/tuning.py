@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path as FilePath
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from mobiquant_compiler import wiring
 from mobiquant_compiler.codegen import crossover
 from mobiquant_compiler.codegen.crossover import NEVER, Crossover, Row
-from mobiquant_compiler.errors import CannotTune
+from mobiquant_compiler.errors import BadOption, CannotTune
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.runtime.launch import Weight
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec, choose_group
@@ -124,19 +125,35 @@ def find_gpu() -> tuple[torch.device, str]:
     return device, torch.cuda.get_device_name(device)
 
 
-def keep(gpu: str, rows: tuple[Row, ...], output: FilePath | None = None) -> FilePath:
-    """Write the table of a GPU where `crossover.load` finds it, or to `output`; returns where.
+def destination(gpu: str, output: FilePath | None = None) -> FilePath:
+    """Return the file that `keep` can write the table of a GPU to: where `crossover.load` finds it, or `output`.
+
+    Args:
+        gpu: The device's full name.
+        output: Another file.
+
+    Raises:
+        BadOption: it is a directory.
+        OSError: nothing can be written there.
+    """
+    path = crossover.tuned_path(crossover.gpu_family(gpu)) if output is None else output
+    if path.is_dir():
+        raise BadOption(where="command line", name="--output", got=str(path), wanted="a file, which may be missing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=path.parent):
+        return path
+
+
+def keep(gpu: str, rows: tuple[Row, ...], path: FilePath) -> None:
+    """Write the table of a GPU.
 
     Args:
         gpu: The device's full name.
         rows: What `tune` returned.
-        output: Another file.
+        path: What `destination` returned.
     """
-    family = crossover.gpu_family(gpu)
-    path = crossover.tuned_path(family) if output is None else output
-    crossover.write(Crossover(family, rows), path)
+    crossover.write(Crossover(crossover.gpu_family(gpu), rows), path)
     wiring._crossover.cache_clear()
-    return path
 
 
 def device_timer(device: torch.device) -> Timer:

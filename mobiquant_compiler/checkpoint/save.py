@@ -27,7 +27,7 @@ from mobiquant_compiler.checkpoint.files import (
     write_shards,
 )
 from mobiquant_compiler.errors import BadOption, CheckpointInTheWay, CheckpointMismatch, NotElastic
-from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router, elastic_linears, plain_name
+from mobiquant_compiler.linear import SCORE_TENSORS, MobiLinear, Router, check_module, elastic_linears, plain_name
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable
 
 
@@ -44,9 +44,11 @@ def save(model: nn.Module, directory: str | Path, *, tokenizer: Any = None, shar
         The directory.
 
     Raises:
+        NotAModule: it is no model.
         NotElastic: the model has no elastic linear.
         CheckpointInTheWay: the directory holds something else.
     """
+    check_module(model, "save")
     model = getattr(model, "_orig_mod", model)
     directory = free_place(directory)
     manifest, tensors = _describe(model)

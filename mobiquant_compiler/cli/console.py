@@ -154,14 +154,15 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def positive(value: int, option: str, least: int = 1) -> int:
+def positive(value: int, option: str, least: int = 1, most: int | None = None) -> int:
     """Return a count that must be at least 1, or more: windows have two tokens, as the first is not predicted.
 
     Raises:
         BadOption: names the option.
     """
-    if value < least:
-        raise BadOption(where="command line", name=option, got=value, wanted=f"at least {least}")
+    if value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise BadOption(where="command line", name=option, got=value, wanted=wanted)
     return value
 
 

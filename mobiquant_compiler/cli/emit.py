@@ -32,6 +32,7 @@ COLUMNS = {
     "products": "products",
     "fits": "fits",
 }
+MOST_ROWS, MOST_COLUMNS = 1 << 24, 1 << 20  # of an emitted launch: far beyond any model, and no kernel takes for ever
 _OF_A_SPEC = ("widths", "group", "layout", "k", "n", "bias", "parts", "hidden")
 
 
@@ -66,10 +67,11 @@ def emit(
     model, output = _places(places)
     families, cc = _families(family), check_target(target)
     classes = None if tokens is None else [positive(tokens, "--tokens")]
-    width = None if activation is None else Activation.of(activation, "command line")
+    width = None if activation is None else Activation.of(activation, "command line", "--activation")
     if model is None:
         spec = (whole_numbers(widths, "--widths"), group, layout)
-        sizes = (positive(n, "--n"), positive(k, "--k"), positive(parts, "--parts"))
+        rows = positive(n, "--n", positive(parts, "--parts"), MOST_ROWS)  # each weight has one at least
+        sizes = (rows, positive(k, "--k", most=MOST_COLUMNS), parts)
         launches = [_launch(spec, sizes, bias, dtype or "bfloat16", width or Activation.A16, hidden)]
         classes, workspace = classes or [1], True
     else:
@@ -79,7 +81,8 @@ def emit(
     chosen = [pair for pair in kernels_for(launches, cc, classes, workspace) if pair[0].family in families]
     rows = _write(chosen, cc, output, ptx)
     if not chosen:
-        note(f"no {family} kernel serves this on sm_{cc}; --family all shows which do")
+        by = "--tokens and the model" if model else "--tokens, --n, --k and the slices"
+        note(f"no {family} kernel serves this on sm_{cc}: that depends on {by}; --family all shows which kernels do")
     for text in sorted({row["note"] for row in rows if row["note"]}):
         note(text)
     show(rows, COLUMNS, as_json=as_json, title=f"{output}, sm_{cc}")
@@ -197,7 +200,7 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
     from dataclasses import asdict
 
     from mobiquant_compiler.codegen import cache, resources
-    from mobiquant_compiler.codegen.specialise import template_digest
+    from mobiquant_compiler.codegen.specialise import modules_digest, template_digest
 
     rows = []
     with progress() as report:
@@ -210,6 +213,7 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
                 beside.write_text(text, encoding="utf-8")
             where = {"file": str(path), "ptx": str(beside) if ptx and text else None, "target": f"sm_{cc}"}
             kind = {"family": str(spec.family), "name": spec.name, "template": template_digest(spec.family)}
+            kind["modules"] = modules_digest()
             rows.append(kind | where | {"x_dtype": dtypes.x, "scale_dtype": dtypes.scale} | found)
             report("kernels", done, len(chosen))
     return rows

@@ -45,13 +45,14 @@ def tune(
     from mobiquant_compiler.codegen.crossover import NEVER
 
     device, gpu = tuning.find_gpu()
+    path = tuning.destination(gpu, output)
     with progress() as report:
         if model is not None:
             given = shapes_of(load(model, "cpu", None, report).model)
         rows = tuning.tune(given or tuning.SHAPES, tuning.device_timer(device), report)
-    path = tuning.keep(gpu, rows, output)
     found = [{name: "never" if value == NEVER else value for name, value in asdict(row).items()} for row in rows]
     show(found, COLUMNS, as_json=as_json, title=f"{gpu}: from how many tokens on")
+    tuning.keep(gpu, rows, path)
     note(f"saved {path}")
 
 

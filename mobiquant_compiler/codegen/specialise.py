@@ -77,10 +77,15 @@ def template_digest(family: Family) -> str:
     return hashlib.sha256(_source(template_path(family)).encode()).hexdigest()[:16]
 
 
+def modules_digest() -> str:
+    """Return the hash of the modules that templates call, which the header of an emitted file names too."""
+    texts = (_source(_HERE / f"{name}.py") for name in _SHARED)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
 def fingerprint(family: Family) -> str:
     """Return the hash of everything but the spec that an emitted kernel's behaviour depends on."""
-    shared = (_source(_HERE / f"{name}.py") for name in _SHARED)
-    texts = [_source(template_path(family)), *shared, toolchain.version()]
+    texts = (template_digest(family), modules_digest(), toolchain.version())
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
@@ -112,6 +117,7 @@ def _header(spec: KernelSpec, path: Path) -> str:
     lines = [
         f"Emitted by mobiquant_compiler {__version__} for triton {toolchain.version()}; edits are overwritten.",
         f"template: templates/{path.name}, sha256 {template_digest(spec.family)}",
+        f"calls: modules of mobiquant_compiler.codegen, sha256 {modules_digest()}",
         *(f"{name}: {value}" for name, value in spec.describe().items()),
     ]
     return "\n".join(f"# {line}" for line in lines)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobiquant_compiler import wiring
+from mobiquant_compiler import warming, wiring
 from mobiquant_compiler.codegen import cache
 from mobiquant_compiler.codegen.configs import TokenClass
 from mobiquant_compiler.codegen.resident_configs import multiply_spec
@@ -175,3 +175,17 @@ def test_a_linear_takes_them_under_a_graph_whatever_the_counts() -> None:
         graph.replay()
         assert torch.isfinite(y).all()
     assert torch.equal(y, torch.cat(alone)), "as each token alone"
+
+
+def test_nothing_compiles_after_warming_up() -> None:
+    rows, columns = 512, 7168  # as few as it serves
+    case = random_case(SPEC, 8, rows, columns, dtype=torch.bfloat16, device=WHERE)
+    warming.warm_kernels(SPEC, rows, columns, torch.bfloat16, WHERE, bias_dtype=torch.bfloat16)
+    compiled = cache.compiled_kernels()
+    assert compiled > 0
+    taken = wiring.multiply_kernel_for([weight_of(case)], 8, rows, columns, SPEC, Activation.A16)
+    assert taken.spec.family is Family.RESIDENT_MMA
+    for tokens in range(1, 9):
+        few = replace(case, x=case.x[:tokens], counts=case.counts[:tokens])
+        wiring.routed_linear(*few.arguments, SPEC)
+        assert cache.compiled_kernels() == compiled, f"{tokens} tokens"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import mobiquant_compiler as mq
+from mobiquant_compiler import checkpoint
 from mobiquant_compiler.errors import BudgetOutOfRange, MaskTooLong, NotAModule, NotElastic
 from mobiquant_compiler.linear import MASK_CAPACITY, MobiLinear, Router, elastic_linears
 from mobiquant_compiler.runtime.budget import BudgetState, CalibratedTable, StaticTable, budget_range
@@ -123,9 +124,16 @@ def test_plain_models_have_no_budget():
             call(nn.Linear(4, 4))
 
 
-def test_what_is_no_module_has_no_budget():
-    with pytest.raises(NotAModule, match="set_budget: the model is of type NoneType; wanted a torch"):
-        mq.set_budget(None, 4)
+def test_what_is_no_module_has_no_budget(tmp_path):
+    calls = {
+        "set_budget": lambda: mq.set_budget(None, 4),
+        "refresh": lambda: mq.refresh(None),
+        "save": lambda: checkpoint.save(None, tmp_path / "out"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotAModule, match=f"{name}: the model is of type NoneType; wanted a torch"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_context_manager_restores_even_after_an_error(calibrated):

@@ -73,6 +73,15 @@ def test_the_header_says_what_was_bound() -> None:
     assert f"# template: templates/sliced_mma.py, sha256 {specialise.template_digest(MMA)}" in header
 
 
+@pytest.mark.parametrize("changed", ["sliced_mma.py", "one_token.py", "resident_layout.py"])
+def test_files_that_run_differently_look_different(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    spec, source = spec_of(MMA), specialise._source
+    before, key = specialise.specialise(spec), cache.cache_key(spec)
+    monkeypatch.setattr(specialise, "_source", lambda path: source(path) + "\n# more" * (path.name == changed))
+    assert specialise.specialise(spec) != before
+    assert cache.cache_key(spec) != key
+
+
 def test_dead_branches_and_their_parameters_are_gone() -> None:
     plain = parameters(specialise.specialise(spec_of(MMA)), "sliced_mma")
     full = parameters(specialise.specialise(spec_of(MMA, has_bias=True)), "sliced_mma")

@@ -72,7 +72,8 @@ class TestSpec:
     def test_a_family_that_serves_no_such_launch_says_so(self, run: Run, tmp_path: Path) -> None:
         code, out, err = run(tmp_path, *SMALL, "--family", "sliced_wgmma", "--target", "80", "--json")
         assert (code, json.loads(out)) == (0, [])
-        assert "no sliced_wgmma kernel serves this on sm_80; --family all shows which do" in " ".join(err.split())
+        words = "no sliced_wgmma kernel serves this on sm_80: that depends on --tokens, --n, --k and the slices; "
+        assert words + "--family all shows which kernels do" in " ".join(err.split())
 
     @pytest.mark.usefixtures("uncompiled")
     def test_every_family_by_default(self, run: Run, tmp_path: Path) -> None:
@@ -86,6 +87,7 @@ class TestSpec:
             assert row["family"] in {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
             assert row["template"] == template_digest(Family(row["family"]))
             assert f"sha256 {row['template']}" in text
+            assert f"sha256 {row['modules']}" in text
             assert (row["registers"], row["target"], row["x_dtype"], row["ptx"]) == (7, "sm_90", "bf16", None)
         assert "kernels: 9/9" in err
 
@@ -150,12 +152,15 @@ class TestSpec:
             (["--group", "48"], "group got 48"),
             (["--layout", "sideways"], "layout got 'sideways'"),
             (["--k", "0"], "'--k' got 0"),
+            (["--k", "100000000"], "'--k' got 100000000; wanted 1 to 1048576"),
             (["--n", "-1"], "'--n' got -1"),
+            (["--n", "99999999999"], "'--n' got 99999999999; wanted 1 to 16777216"),
+            (["--n", "3", "--parts", "4"], "'--n' got 3; wanted 4 to 16777216"),
             (["--tokens", "0"], "'--tokens' got 0"),
             (["--hidden", "-1"], "'--hidden' got -1; wanted at least 0"),
             (["--parts", "5"], "parts got 5; wanted 1 to 4"),
-            (["--activation", "a4"], "'activation' got 'a4'"),
-            (["--dtype", "int8"], "'dtype' got 'int8'"),
+            (["--activation", "a4"], "'--activation' got 'a4'"),
+            (["--dtype", "int8"], "command line: option '--dtype' got 'int8'"),
             (["--target", "75"], "'--target' got 75; wanted one of 80,"),
             (["one", "more"], "wanted one or two arguments"),
         ],

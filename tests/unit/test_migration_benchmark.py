@@ -65,7 +65,7 @@ def test_measures_and_draws(
     assert plot.main(["--results", str(out), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
-    assert "measure first: benchmarks/bench_migration.py" in capsys.readouterr().out
+    assert "measure first: benchmarks/bench_migration.py" in capsys.readouterr().err
 
 
 def test_methods_are_measured_against_the_unquantized_model(
@@ -96,7 +96,7 @@ def test_methods_are_measured_against_the_unquantized_model(
         assert plot.main(["--results", str(tmp_path / "r.json"), "--out", str(picture)]) == 0
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert plot.main(["--results", str(tmp_path / "none.json")]) == 2
-    assert "measure first: benchmarks/bench_migration_methods.py" in capsys.readouterr().out
+    assert "measure first: benchmarks/bench_migration_methods.py" in capsys.readouterr().err
 
 
 def test_rows_compare_sets_and_one_scale() -> None:

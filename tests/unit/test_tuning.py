@@ -23,7 +23,7 @@ from mobiquant_compiler.codegen.crossover import NEVER, Row, load, read, tuned_p
 from mobiquant_compiler.errors import BadOption, CannotTune, NothingToQuantize
 from mobiquant_compiler.runtime import prefill as workspace
 from mobiquant_compiler.spec import PREFILL_TOKENS, Activation, Path, Prefill, SliceSpec
-from mobiquant_compiler.tuning import COMPARISONS, find_gpu, first_faster, keep, token_counts, tune
+from mobiquant_compiler.tuning import COMPARISONS, destination, find_gpu, first_faster, keep, token_counts, tune
 from tests.model_dirs import byte_llama, byte_tokenizer, save_plain
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -234,14 +234,15 @@ class TestKeep:
         try:
             device, rows = torch.device("cuda", 0), (Row(4096, 4096, 123), Row(64, 64, NEVER))
             assert wiring._crossover(device).rows != rows
-            assert keep(H100, rows) == tuned_path("h100")
+            keep(H100, rows, destination(H100))
             assert wiring._crossover(device).rows == load(H100).rows == rows
         finally:
             wiring._crossover.cache_clear()
 
     def test_another_file(self, tmp_path: FilePath) -> None:
         path = tmp_path / "new" / "a10g.json"
-        assert keep("NVIDIA A10G", (Row(1, 2, 3),), path) == path
+        assert destination("NVIDIA A10G", path) == path
+        keep("NVIDIA A10G", (Row(1, 2, 3),), path)
         assert (read(path).gpu, read(path).rows) == ("a10g", (Row(1, 2, 3),))
         assert not tuned_path("a10g").exists()
 
@@ -292,6 +293,29 @@ class TestCommand:
         ]
         assert read(path).rows == (Row(80, 64, 65, NEVER, 65, 65), Row(9999, 32, NEVER, NEVER, 65, 65))
         assert not tuned_path("h100").exists()
+
+    @pytest.mark.parametrize("name", [".", "taken/t.json"])
+    def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+        self, run: Callable[..., tuple[int, str, str]], gpu: SimpleNamespace, tmp_path: FilePath, name: str
+    ) -> None:
+        (tmp_path / "taken").touch()
+        code, out, err = run("--output", tmp_path / name)
+        assert (code, out, gpu.asked) == (2, "", [])
+        assert err.startswith("mobiquant: ")
+        assert len(err.splitlines()) == 1
+
+    @pytest.mark.usefixtures("gpu")
+    def test_a_table_that_cannot_be_kept_is_shown(
+        self, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device", "t.json")
+
+        monkeypatch.setattr(tuning, "keep", full)
+        code, out, err = run("--shapes", "80x64")
+        assert code == 2
+        assert "80" in out
+        assert "t.json: No space left on device" in err
 
     def test_linears_of_a_checkpoint(
         self, run: Callable[..., tuple[int, str, str]], gpu: SimpleNamespace, tmp_path: FilePath
