@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,10 @@ def _patterns(name: str, given: Any) -> tuple[str, ...]:
     Raises:
         BadOption: they are no strings.
     """
-    try:
-        found = (given,) if isinstance(given, str) else tuple(given)
-    except TypeError:
-        found = (None,)
+    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
     if not all(isinstance(pattern, str) for pattern in found):
         raise BadOption(where="SliceConfig", name=name, got=given, wanted="name patterns, as ('*.q_proj', 'lm_head')")
-    return found
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ class SliceConfig:
         object.__setattr__(self, "widths", self.spec_for(GROUPS[0]).widths)  # checked there, and so is the layout
         for name in ("floor", "ceiling"):
             for pattern, count in getattr(self, name).items():
-                if not isinstance(count, int) or not 1 <= count <= len(self.widths):
+                if not isinstance(count, Integral) or not 1 <= int(count) <= len(self.widths):
                     wanted = f"slice counts from 1 to {len(self.widths)}"
                     raise BadOption(where="SliceConfig", name=f"{name}[{pattern!r}]", got=count, wanted=wanted)
 
