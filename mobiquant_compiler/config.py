@@ -26,10 +26,11 @@ def _patterns(name: str, given: Any) -> tuple[str, ...]:
     Raises:
         BadOption: they are no strings.
     """
-    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
-    if not all(isinstance(pattern, str) for pattern in found):
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    patterns = tuple(pattern for pattern in found if isinstance(pattern, str))
+    if len(patterns) < len(found):
         raise BadOption(where="SliceConfig", name=name, got=given, wanted="name patterns, as ('*.q_proj', 'lm_head')")
-    return tuple(found)
+    return patterns
 
 
 @dataclass(frozen=True, slots=True)
