@@ -42,11 +42,8 @@ test-ptx: $(READY)  ## kernels compiled to PTX for sm_80, sm_90 and sm_100, with
 gpu: $(MODEL)  ## tests that need a CUDA device
 	$(PY) scripts/run_tests.py gpu
 
-# The first round compiles, so that the one that is watched finds all kernels in the caches.
 sanitize: $(READY)  ## every kernel variant once under compute-sanitizer (needs a CUDA device)
-	$(PY) scripts/run_variants.py --list | xargs -P 16 -n 1 $(PY) scripts/run_variants.py
-	$(PY) scripts/run_variants.py --list | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P 16 -n 1 \
-	  compute-sanitizer --error-exitcode 1 $(PY) scripts/run_variants.py
+	$(PY) scripts/sanitize.py
 
 golden: $(READY)  ## accept what the golden tests see now; review the diff as code
 	EXPECTTEST_ACCEPT=1 $(PY) scripts/run_tests.py golden
