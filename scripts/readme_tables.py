@@ -188,19 +188,21 @@ def main(given: Sequence[str] | None = None) -> int:
     """Redraw every document, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document would change")
-    check, drawn = parser.parse_args(given).check, {}
+    check, stale = parser.parse_args(given).check, {}
     for path in documents():
+        text = path.read_text(encoding="utf-8")
         try:
-            drawn[path] = redraw(path.read_text(encoding="utf-8"), RESULTS)
+            drawn = redraw(text, RESULTS)
         except BadResult as error:
             print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
             return 2
-    stale = [path for path, text in drawn.items() if text != path.read_text(encoding="utf-8")]
-    for path in stale:
+        if drawn != text:
+            stale[path] = drawn
+    for path, drawn in stale.items():
         if check:
             print(f"{path.relative_to(ROOT)}: its tables differ from benchmarks/results; run `make readme`")
         else:
-            path.write_text(drawn[path], encoding="utf-8")
+            path.write_text(drawn, encoding="utf-8")
     return int(check and bool(stale))
 
 

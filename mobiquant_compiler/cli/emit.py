@@ -202,7 +202,7 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
     from mobiquant_compiler.codegen import cache, resources
     from mobiquant_compiler.codegen.specialise import modules_digest, template_digest
 
-    rows = []
+    rows, modules = [], modules_digest()
     with progress() as report:
         _compile(chosen, cc, report)
         for done, (spec, dtypes) in enumerate(chosen, 1):
@@ -212,8 +212,8 @@ def _write(chosen: Sequence[tuple[KernelSpec, Dtypes]], cc: int, output: Path, p
             if ptx and text:
                 beside.write_text(text, encoding="utf-8")
             where = {"file": str(path), "ptx": str(beside) if ptx and text else None, "target": f"sm_{cc}"}
-            kind = {"family": str(spec.family), "name": spec.name, "template": template_digest(spec.family)}
-            kind["modules"] = modules_digest()
+            kind = {"family": str(spec.family), "name": spec.name}
+            kind |= {"template": template_digest(spec.family), "modules": modules}
             rows.append(kind | where | {"x_dtype": dtypes.x, "scale_dtype": dtypes.scale} | found)
             report("kernels", done, len(chosen))
     return rows

@@ -63,7 +63,10 @@ class ResidentLayout:
     @property
     def acts_bytes(self) -> int:
         """How many bytes eight tokens take, of groups that are there: 128 in each half, and a step and a shift."""
-        return self.held_groups * (1024 * self.halves + 64)
+        return self._acts_bytes(self.held_groups)
+
+    def _acts_bytes(self, groups: int) -> int:
+        return groups * (1024 * self.halves + 64)
 
     @property
     def facts_bytes(self) -> int:
@@ -77,7 +80,7 @@ class ResidentLayout:
         return self._teams_behind(self.held_groups)
 
     def _teams_behind(self, groups: int) -> int:
-        used = groups * (1024 * self.halves + 64) + TEAMS * 2 * 32 * self.facts_bytes
+        used = self._acts_bytes(groups) + TEAMS * 2 * 32 * self.facts_bytes
         return -(-used // _UNIT) * _UNIT
 
     def _team_bytes(self, count: int, depth: int, sides: int) -> int:
